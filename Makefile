@@ -1,0 +1,80 @@
+# Everything a developer or CI runs. `make` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3# interpreter that makes .venv, 3.11 or newer
+TORCH_INDEX ?=# extra package index for torch, e.g. https://download.pytorch.org/whl/cpu; empty: the default index
+MODEL ?=# serve: directory or hub id of the base model
+PORT ?= 50051# serve: port, 0 picks a free one
+STORE ?= .loramux# serve: where adapters are kept
+WEIGHTS ?= nf4# serve: nf4, bf16 or fp32
+ARGS ?=# further arguments of serve, test and bench
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUF := npx --yes @bufbuild/buf@1.75.0
+
+# Idle OpenMP threads that spin starve the other process of a small machine; must be set before torch is imported.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup serve test lint format types protos protos-check protos-lint bench sdk-floor ci clean
+
+help: ## List the targets and variables
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+	@echo
+	@grep -hE '^[A-Z_]+ \?=.*# ' $(MAKEFILE_LIST) | sed -E 's/^([A-Z_]+) \?= ?([^#]*)# ?(.*)/  \1=\2|\3/' | column -t -s '|'
+
+setup: $(STAMP) ## Make .venv with server, SDK and developer tools (once; again when the pins change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "setup needs Python 3.11 or newer, $(PYTHON) is older: make setup PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[server,dev,otel]'
+	@touch $@
+
+serve: $(STAMP) ## Serve MODEL on 127.0.0.1:PORT
+	@test -n "$(MODEL)" || { echo "serve needs a model: make serve MODEL=<directory or hub id>" >&2; exit 2; }
+	$(BIN)/loramux-server serve --model "$(MODEL)" --weights "$(WEIGHTS)" --store "$(STORE)" --port "$(PORT)" $(ARGS)
+
+test: $(STAMP) ## Run all tests that need no GPU; needs no network, weights or fixed port
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP) ## Format the sources and fix what can be fixed by itself
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## Check types, strictly
+	$(BIN)/mypy
+
+protos: ## Generate client/loramux/v1 from protos/
+	PYTHON=$(PYTHON) protos/generate.sh
+
+protos-check: ## Fail if client/loramux/v1 is not what protos/ gives
+	@PYTHON=$(PYTHON) protos/check.sh
+
+protos-lint: ## Lint protos/ with buf (needs npx)
+	@command -v npx >/dev/null \
+	  || { echo "protos-lint needs npx, which comes with Node.js 18 or newer (apt-get install npm, brew install node)" >&2; exit 1; }
+	cd protos && $(BUF) lint
+
+bench: $(STAMP) ## Print throughput and latency on this machine's CPU
+	$(BIN)/python bench/serve.py $(ARGS)
+
+sdk-floor: $(STAMP) ## Install the wheel alone with the lowest and the newest grpcio and protobuf, and use it
+	$(BIN)/python .ci/sdk_floor.py
+
+ci: lint types protos-lint protos-check sdk-floor test ## Everything that a change has to pass
+
+clean: ## Remove what the targets above made
+	rm -rf $(VENV) .protos-venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,254 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self, Unpack
+
+from loramux import _methods as methods
+from loramux import _model_events as model_events
+from loramux._adapters import Adapters
+from loramux._batch import DEFAULT_WINDOW
+from loramux._batching import batch_generate
+from loramux._connection import ChannelOption, TLSConfig, View, checked_id, checked_timeout, checked_token, connection
+from loramux._model_types import Model, ServerStatus
+from loramux._requests import build, generate_request, invalid, merge_sampling, tokenize_request
+from loramux._retry import RetryPolicy
+from loramux._streaming import GenerationStream
+from loramux._transport import StreamCall, Transport
+from loramux._types import BatchItem, BatchRequest, Prompt, SamplingFields, SamplingParams, Tokenization
+from loramux.v1 import generation_pb2 as pb
+from loramux.v1 import model_pb2
+
+
+class Client:
+    """A client that blocks; safe for threads.
+
+    It connects at the first call. `for_tenant`, `with_adapter` and `with_min_revision` give cheap immutable views on
+    the same connection; only the client that was constructed closes it.
+
+    Args:
+        address: `host:port`, or a gRPC target such as `dns:///host:port` or `unix:/run/loramux.sock`.
+        token: Bearer token, or a callable that returns it and is asked before each attempt.
+        tenant: Tenant to act for, if the credential may act for several.
+        adapter: Adapter of generations that name none.
+        tls: True, False or a `TLSConfig`; None is on for everything but this machine.
+        allow_plaintext_token: Allows a token without TLS to another machine, on a network that is trusted.
+        timeout: Seconds that calls other than generations and uploads may take, all tries together.
+        generate_timeout: Seconds that a generation may take, queueing and all tries included.
+        retry: How often and how fast calls are tried again; None for the defaults.
+        channel_options: gRPC channel options, which win over the client's own.
+
+    Raises:
+        InvalidRequest: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | Callable[[], str] | None = None,
+        tenant: str | None = None,
+        adapter: str | None = None,
+        tls: bool | TLSConfig | None = None,
+        allow_plaintext_token: bool = False,
+        timeout: float = 60.0,
+        generate_timeout: float = 600.0,
+        retry: RetryPolicy | None = None,
+        channel_options: Sequence[ChannelOption] = (),
+    ) -> None:
+        target = connection(
+            address,
+            has_token=token is not None,
+            tls=tls,
+            allow_plaintext_token=allow_plaintext_token,
+            options=channel_options,
+        )
+        if token is not None and not callable(token):
+            checked_token(token)
+        self._transport = Transport(
+            target, token=token, policy=retry or RetryPolicy(), timeout=checked_timeout(timeout, None)
+        )
+        self._generate_timeout = checked_timeout(generate_timeout, None)
+        self._view = View()
+        self._owner = True
+        if tenant is not None:
+            self._view = replace(self._view, tenant=checked_id("tenant", tenant))
+        if adapter is not None:
+            self._view = replace(self._view, adapter=checked_id("adapter", adapter))
+
+    def _with(self, view: View) -> Self:
+        """Return a client with another view on the same connection."""
+        other = object.__new__(type(self))
+        other._transport = self._transport
+        other._generate_timeout = self._generate_timeout
+        other._view = view
+        other._owner = False
+        return other
+
+    def for_tenant(self, tenant: str) -> Self:
+        """Return a view that acts for a tenant."""
+        return self._with(replace(self._view, tenant=checked_id("tenant", tenant)))
+
+    def with_adapter(self, adapter: str | None) -> Self:
+        """Return a view whose generations use an adapter; None goes back to the tenant's default.
+
+        Args:
+            adapter: `{a}`, `{a}@{v}`, `tenants/{t}/adapters/{a}` or a full version name.
+        """
+        return self._with(replace(self._view, adapter=None if adapter is None else checked_id("adapter", adapter)))
+
+    def with_min_revision(self, revision: int) -> Self:
+        """Return a view that reads its own writes: replicas wait until they have seen a registry revision.
+
+        Args:
+            revision: For example `Adapter.revision` of the answer to a change.
+        """
+        if isinstance(revision, bool) or not isinstance(revision, int) or not 0 <= revision < 2**64:
+            raise invalid("revision", f"is {revision!r}; it must be an unsigned 64-bit number")
+        return self._with(replace(self._view, min_revision=revision))
+
+    @property
+    def adapters(self) -> Adapters:
+        """Calls on the adapters of the tenant."""
+        return Adapters(self._transport, self._view)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        sampling: SamplingParams | None = None,
+        timeout: float | None = None,
+        add_special_tokens: bool | None = None,
+        request_id: str | None = None,
+        **fields: Unpack[SamplingFields],
+    ) -> GenerationStream:
+        """Prepare a generation. Nothing is sent before its block is entered or its `result` is asked for.
+
+        Args:
+            prompt: Text, token ids, chat messages, or a `ChatPrompt`.
+            adapter: Adapter to use; None takes this client's, or else the tenant's default.
+            sampling: How to sample.
+            timeout: Seconds that all of it may take; None takes the client's, `math.inf` means no limit.
+            add_special_tokens: Whether special tokens are added to a text prompt; None is yes.
+            request_id: Correlation id for logs; None mints one.
+            **fields: Fields of `SamplingParams`, which win over `sampling`.
+
+        Raises:
+            InvalidRequest: The request can never be served.
+        """
+        params = merge_sampling(sampling, fields)
+        request = generate_request(
+            prompt,
+            adapter=self._view.adapter if adapter is None else adapter,
+            sampling=params,
+            add_special_tokens=add_special_tokens,
+        )
+        limit = checked_timeout(timeout, self._generate_timeout)
+        correlation = None if request_id is None else checked_id("request_id", request_id)
+        view = replace(self._view, adapter=request.adapter if request.HasField("adapter") else None)
+        return GenerationStream(
+            lambda: StreamCall(self._transport, methods.GENERATE, request, view, timeout=limit, request_id=correlation),
+            1 if params is None or params.n is None else params.n,
+        )
+
+    def batch_generate(
+        self,
+        requests: Iterable[BatchRequest | Prompt],
+        *,
+        window: int = DEFAULT_WINDOW,
+        timeout: float = math.inf,
+        pin_versions: bool = False,
+    ) -> Generator[BatchItem, None, None]:
+        """Run many requests and iterate over the answers as they come, in no order.
+
+        At most `window` requests are pulled from `requests` and not yet answered, so that it may be endless. They are
+        sent in groups of a quarter of it. A failed item has an `error` and leaves the others alone; so do the items of
+        a group whose call fails. Closing the iterator ends what is open.
+
+        Args:
+            requests: Prompts or `BatchRequest`s.
+            window: Most open requests, 1 to 4,096.
+            timeout: Seconds that a group may take; see `BatchRequest.timeout` for single items.
+            pin_versions: Whether each group resolves adapters without a version once, on arrival.
+
+        Raises:
+            NotAuthenticated: The credential is not valid. So with PermissionDenied, NotServedYet and
+                ClientStateError; everything else is about items.
+        """
+        limit = checked_timeout(timeout, None)
+        return batch_generate(
+            self._transport, self._view, requests, window=window, timeout=limit, pin_versions=pin_versions
+        )
+
+    def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool | None = None, offsets: bool = False
+    ) -> Tokenization:
+        """Turn text or chat messages into the token ids that a generation would run.
+
+        Args:
+            prompt: Text, chat messages, or a `ChatPrompt`.
+            add_special_tokens: Whether special tokens are added to text; None is yes.
+            offsets: Whether to tell which part of the text each token covers.
+        """
+        request = tokenize_request(prompt, add_special_tokens=add_special_tokens, offsets=offsets)
+        answer = self._transport.unary(methods.TOKENIZE, request, self._view)
+        return Tokenization(
+            token_ids=tuple(answer.token_ids),
+            offsets=tuple((offset.start, offset.end) for offset in answer.offsets),
+            max_model_len=answer.max_model_len,
+        )
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Turn token ids into text.
+
+        Args:
+            token_ids: Token ids.
+            skip_special_tokens: Whether special tokens are left out.
+        """
+        request = build(
+            "token_ids", lambda: pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        )
+        return self._transport.unary(methods.DETOKENIZE, request, self._view).text
+
+    def cancel(self, generation_id: str) -> bool:
+        """End a generation from outside of its stream, which then ends well with reason CANCELLED.
+
+        Returns:
+            Whether it was running on the replica that got the call.
+        """
+        if not generation_id:
+            raise invalid("generation_id", "is empty; it is in Started")
+        request = pb.CancelGenerationRequest(generation_id=generation_id)
+        return self._transport.unary(methods.CANCEL_GENERATION, request, self._view).cancelled
+
+    def model(self) -> Model:
+        """Describe the base model and the limits of the server."""
+        return model_events.model(
+            self._transport.unary(methods.GET_MODEL, model_pb2.GetModelRequest(), self._view).model
+        )
+
+    def status(self) -> ServerStatus:
+        """Describe the load of a replica."""
+        return model_events.status(
+            self._transport.unary(methods.GET_STATUS, model_pb2.GetServerStatusRequest(), self._view).status
+        )
+
+    def close(self) -> None:
+        """Close the connection; running calls end with an error. A view does nothing."""
+        if self._owner:
+            self._transport.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        self.close()

@@ -1,0 +1,1 @@
+"""The loramux server: one quantized base model, many LoRA adapters, gRPC."""

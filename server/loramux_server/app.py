@@ -1,0 +1,460 @@
+"""The composition root: builds every part of the front end, starts it, drains it, takes it down in reverse order."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+from opentelemetry.sdk.trace import SpanProcessor
+
+from loramux_base.template import ChatTemplate, TemplateError
+from loramux_server.base import describe_base
+from loramux_server.config import ConfigError, ServerConfig
+from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.messages import Ready, Stats
+from loramux_server.errors import Reason, Unavailable
+from loramux_server.hub import resolve_model
+from loramux_server.lora.lifecycle import AdapterLifecycle
+from loramux_server.lora.uploads import AdapterValidator
+from loramux_server.rpc.adapter_service import AdapterService
+from loramux_server.rpc.admission import AdmissionGate
+from loramux_server.rpc.call import Method
+from loramux_server.rpc.engine_client import EngineClient
+from loramux_server.rpc.generation_service import GenerationService
+from loramux_server.rpc.limits import Limits
+from loramux_server.rpc.model_service import ModelService
+from loramux_server.rpc.pipeline import Pipeline, SlowReader
+from loramux_server.rpc.prompt import PromptEncoder
+from loramux_server.rpc.replica import BaseModel, Phase, ReplicaView
+from loramux_server.rpc.resolver import TableResolver
+from loramux_server.rpc.server import GrpcServer, HealthState, PortInUse, Transport, service_names
+from loramux_server.rpc.token_bytes import token_bytes_of
+from loramux_server.supervisor import (
+    CrashLoop,
+    EngineStartupError,
+    LaunchEngine,
+    RestartPolicy,
+    Supervisor,
+    launch_subprocess,
+)
+from loramux_server.telemetry.probe import ProbeServer, ProbeSources
+from loramux_server.telemetry.setup import build_telemetry
+from loramux_server.tenancy.access import Access
+from loramux_server.tenancy.database import RegistryError
+from loramux_server.tenancy.names import shown_version
+from loramux_server.tenancy.registry import Registry
+from loramux_server.tenancy.store import LocalStore, StoreError
+from loramux_server.text.tokenizer import Tokenizer, TokenizerError
+
+_log = logging.getLogger(__name__)
+
+
+class ServeError(Exception):
+    """The server cannot start as configured; the message is one line for the operator."""
+
+
+class App:
+    """One server; `start`, then `wait`, then `stop`."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        version: str,
+        launch: LaunchEngine | None = None,
+        policy: RestartPolicy | None = None,
+        transport: Transport | None = None,
+        span_processor: SpanProcessor | None = None,
+        validator: AdapterValidator | None = None,
+    ) -> None:
+        """Build the parts that need no file and no socket.
+
+        Args:
+            config: Settings.
+            version: Of the software.
+            launch: Starts engines; None = engine processes for `config`.
+            policy: When a dying engine is given up.
+            transport: Connection settings.
+            span_processor: An extra receiver of spans.
+            validator: Checks uploads; None = the worker process.
+        """
+        self.config = config
+        self.version = version
+        self.replica_id = config.replica_id or socket.gethostname()[:63]
+        self.engine = EngineClient()
+        self.gate = AdmissionGate(max_queued=config.max_queued)
+        self.telemetry = build_telemetry(
+            queued=lambda: self.gate.queued,
+            replica_id=self.replica_id,
+            version=version,
+            otlp_endpoint=config.otlp_endpoint,
+            span_processor=span_processor,
+        )
+        self.port = 0
+        self.probe_port: int | None = None
+        self.draining = False
+        self.ready = asyncio.Event()
+        self._launch = launch
+        self._validator = validator
+        self._describe: Callable[[Ready], BaseModel]
+        self._base: BaseModel | None = None
+        self._policy = policy or RestartPolicy()
+        self._transport = transport or Transport()
+        self._last_ready: Ready | None = None
+        self._crash_looping = False
+        self._supervision: asyncio.Task[None] | None = None
+        self._cleanup = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Open everything and listen; the engine comes up behind it (`ready` tells when).
+
+        Raises:
+            ServeError: Something is not as configured.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._cleanup.aclose()
+            raise
+
+    async def _start(self) -> None:
+        config = self.config
+        self._cleanup.callback(self.telemetry.close)
+        try:
+            model = await asyncio.to_thread(resolve_model, config.model)
+            tokenizer = await asyncio.to_thread(Tokenizer.from_directory, model)
+            template = await asyncio.to_thread(ChatTemplate.from_directory, model)
+        except (ConfigError, TokenizerError, TemplateError) as error:
+            raise ServeError(str(error)) from error
+        prompts = PromptEncoder(tokenizer, template)
+        self._cleanup.callback(prompts.close)
+        self._describe = lambda ready: describe_base(
+            model,
+            ready,
+            name=self.model_name,
+            eos_token_ids=tokenizer.eos_token_ids,
+            has_chat_template=template.available,
+        )
+        self.lifecycle = await self._open_adapters(model)
+        self.engine.on_version_state = self.lifecycle.on_version_state
+        self.engine.on_stats = self._on_stats
+        self.generation = GenerationService(
+            engine=self.engine,
+            limits=self.limits,
+            prompts=prompts,
+            resolver=TableResolver(self.lifecycle.table),
+            gate=self.gate,
+            telemetry=self.telemetry,
+            token_bytes=token_bytes_of(tokenizer),
+            shown_version=shown_version,
+            model_name=self.model_name,
+            replica_id=self.replica_id,
+        )
+        replica = ReplicaView(
+            base=self.base,
+            engine=self.engine,
+            ready=self.last_ready,
+            limits=self.limits,
+            upload_limits=self.lifecycle.upload_limits,
+            gate=self.gate,
+            generation=self.generation,
+            table=self.lifecycle.table,
+            phase=self.phase,
+            replica_id=self.replica_id,
+            version=self.version,
+        )
+        access = Access()
+        await self._listen(
+            {
+                **self.generation.methods(),
+                **AdapterService(self.lifecycle, replica_id=self.replica_id).methods(),
+                **ModelService(replica, access).methods(),
+            },
+            access,
+        )
+        supervisor = Supervisor(
+            self.engine,
+            self._launch or launch_subprocess(self._engine_config(model)),
+            resync=self.lifecycle.engine_state,
+            on_serving=self._on_serving,
+            on_restart=self._on_engine_lost,
+            policy=self._policy,
+        )
+        self._supervision = asyncio.create_task(supervisor.run())
+        self._cleanup.push_async_callback(self._end_supervision, supervisor)
+
+    async def _open_adapters(self, model: Path) -> AdapterLifecycle:
+        root = Path(self.config.store)
+        try:
+            store = await asyncio.to_thread(LocalStore, root)
+        except StoreError as error:
+            raise ServeError(f"--store {root}: {error}") from error
+        try:
+            registry = await asyncio.to_thread(Registry, root / "registry.db")
+        except RegistryError as error:
+            store.close()
+            raise ServeError(f"--store {root}: {error}") from error
+        lifecycle = AdapterLifecycle(
+            registry,
+            store,
+            self._validator or self._build_validator(model),
+            self.engine,
+            allow_unverified=self.config.allow_unverified_adapters,
+        )
+        self._cleanup.push_async_callback(lifecycle.close)
+        await lifecycle.start()
+        return lifecycle
+
+    async def _listen(self, methods: Mapping[str, Method], access: Access) -> None:
+        config = self.config
+        services = service_names(methods)
+        self.pipeline = Pipeline(
+            methods,
+            authorizer=access,
+            observe=self.telemetry.observe_rpc,
+            slow_reader=SlowReader(seconds=config.slow_reader_seconds),
+        )
+        self.health = HealthState(services)
+        await self.health.set(False)
+        server = GrpcServer(
+            self.pipeline, self.health, services, transport=self._transport, reflect=config.reflection
+        )
+        self._cleanup.push_async_callback(server.stop)
+        try:
+            self.port = await server.start(config.host, config.port)
+        except PortInUse as error:
+            raise ServeError(f"--port {config.port}: {error}; choose another or end what listens there") from error
+        if (address := config.probe_address) is not None:
+            probe = ProbeServer(
+                ProbeSources(
+                    live=lambda: not self._crash_looping,
+                    ready=lambda: self.engine.serving and not self.draining,
+                    metrics=self.telemetry.prometheus,
+                )
+            )
+            try:
+                self.probe_port = await probe.start(*address)
+            except OSError as error:
+                raise ServeError(f"--probe {config.probe}: cannot listen there: {error.strerror}") from error
+            self._cleanup.push_async_callback(probe.close)
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def wait(self) -> None:
+        """Wait until the engine cannot be kept alive.
+
+        Raises:
+            ServeError: The first engine could not start.
+            CrashLoop: The engine died too often.
+        """
+        assert self._supervision is not None, "start first"
+        try:
+            await asyncio.shield(self._supervision)
+        except EngineStartupError as error:
+            raise ServeError(str(error)) from error
+        except CrashLoop:
+            self._crash_looping = True
+            raise
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING, refuse new calls, and wait for those in progress, at most the grace."""
+        self.draining = True
+        await self.health.drain()
+        await asyncio.sleep(self.config.drain_delay)
+        self.pipeline.drain()
+        try:
+            async with asyncio.timeout(self.config.grace):
+                await self.pipeline.wait_idle()
+        except TimeoutError:
+            _log.warning("%d calls did not end within the grace of %g s", self.pipeline.running, self.config.grace)
+
+    async def stop(self) -> None:
+        """End everything; calls in progress are cancelled."""
+        self.draining = True
+        await self._cleanup.aclose()
+
+    # --- what the parts ask ----------------------------------------------------------------------------------------
+
+    @property
+    def model_name(self) -> str:
+        """Name of the base model."""
+        return self.config.model_name or Path(self.config.model).name or self.config.model
+
+    def last_ready(self) -> Ready:
+        """Report of the engine that is or was ready last.
+
+        Raises:
+            Unavailable: ENGINE_UNAVAILABLE, none has been ready yet.
+        """
+        ready = self._last_ready = self.engine.ready or self._last_ready
+        if ready is None:
+            raise Unavailable(Reason.ENGINE_UNAVAILABLE, "the engine is starting; retry in a moment", retry_after=1.0)
+        return ready
+
+    def base(self) -> BaseModel:
+        """The base model.
+
+        Raises:
+            Unavailable: ENGINE_UNAVAILABLE, no engine has been ready yet.
+        """
+        self.last_ready()
+        assert self._base is not None, "described before the first request is accepted"
+        return self._base
+
+    def phase(self) -> Phase:
+        """Phase of the server's life."""
+        if self.draining:
+            return Phase.DRAINING
+        if self.engine.serving:
+            return Phase.SERVING
+        return Phase.STARTING if self._last_ready is None else Phase.ENGINE_RESTARTING
+
+    def limits(self) -> Limits:
+        """Bounds of a request on the engine that is or was ready last.
+
+        Raises:
+            Unavailable: ENGINE_UNAVAILABLE, no engine has been ready yet.
+        """
+        ready = self.last_ready()
+        longest = ready.max_model_len - 1
+        return Limits(
+            vocab_size=ready.vocab_size,
+            max_model_len=ready.max_model_len,
+            max_output_tokens=min(longest, self.config.max_output_tokens or longest),
+            max_prompt_bytes=self.config.max_prompt_bytes,
+        )
+
+    def _engine_config(self, model: Path) -> EngineConfig:
+        config = self.config
+        return EngineConfig(
+            model=str(model),
+            weights=config.weights,
+            device=config.device,
+            max_model_len=config.max_model_len,
+            kv_pages=config.kv_pages,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_running=config.max_running,
+            max_batch_tokens=config.max_batch_tokens,
+            prefix_cache=config.prefix_cache,
+            max_rank=config.max_rank,
+            rank_units=config.rank_units,
+            max_slots=config.max_slots,
+            batch_invariant=config.batch_invariant,
+            shadow=config.shadow,
+            threads=config.threads,
+            self_test=config.self_test,
+        )
+
+    def _on_stats(self, stats: Stats) -> None:
+        self.telemetry.engine.update(stats)
+
+    async def _on_serving(self, serving: bool) -> None:
+        if serving:
+            if self._base is None:
+                self._base = await asyncio.to_thread(self._describe, self.last_ready())
+            self.ready.set()
+        else:
+            self.ready.clear()
+        if not self.draining:
+            await self.health.set(serving)
+
+    def _on_engine_lost(self) -> None:
+        self.telemetry.engine.engine_restarted()
+        self.lifecycle.engine_lost()
+
+    async def _end_supervision(self, supervisor: Supervisor) -> None:
+        await supervisor.stop()
+        assert self._supervision is not None
+        self._supervision.cancel()
+        with contextlib.suppress(asyncio.CancelledError, EngineStartupError, CrashLoop):
+            await self._supervision
+
+
+@contextlib.asynccontextmanager
+async def serve(config: ServerConfig, *, version: str, launch: LaunchEngine | None = None) -> AsyncIterator[App]:
+    """Run a server inside this process and event loop, ready to serve.
+
+    Args:
+        config: Settings.
+        version: Of the software.
+        launch: Starts engines; None = engine processes.
+
+    Yields:
+        The running server, once its engine is ready.
+
+    Raises:
+        ServeError: It cannot start as configured.
+    """
+    app = App(config, version=version, launch=launch)
+    await app.start()
+    try:
+        await _until_ready(app)
+        yield app
+    finally:
+        await app.stop()
+
+
+async def _until_ready(app: App) -> None:
+    """Wait for the first engine, or raise what ended it."""
+    ready = asyncio.create_task(app.ready.wait())
+    failed = asyncio.create_task(app.wait())
+    try:
+        await asyncio.wait((ready, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            failed.result()
+    finally:
+        for task in (ready, failed):
+            task.cancel()
+        await asyncio.gather(ready, failed, return_exceptions=True)
+
+
+async def run_until_stopped(config: ServerConfig, *, version: str) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+
+    Args:
+        config: Settings.
+        version: Of the software.
+
+    Returns:
+        The exit code: 0, or 1 when the engine cannot be kept alive.
+
+    Raises:
+        ServeError: It cannot start as configured.
+    """
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    app = App(config, version=version)
+    if config.host not in ("127.0.0.1", "::1", "localhost"):
+        _log.warning("listening on %s without TLS and without credentials, as asked for", config.host)
+    await app.start()
+    stopped = asyncio.create_task(signals.get())
+    failed = asyncio.create_task(app.wait())
+    ready = asyncio.create_task(app.ready.wait())
+    try:
+        await asyncio.wait((stopped, failed, ready), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not failed.done():
+            print(f"loramux serving on {config.host}:{app.port}", flush=True)
+            await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            try:
+                failed.result()
+            except CrashLoop as error:
+                _log.critical("%s", error)
+                return 1
+        again = asyncio.create_task(signals.get())
+        drained = asyncio.create_task(app.drain())
+        await asyncio.wait((again, drained), return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        drained.cancel()
+        return 0
+    finally:
+        for task in (stopped, failed, ready):
+            task.cancel()
+        await app.stop()
+        await asyncio.gather(stopped, failed, ready, return_exceptions=True)
+

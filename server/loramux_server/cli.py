@@ -1,0 +1,143 @@
+"""Command line of the server.
+
+Exit codes: 0 ended as asked; 1 an unexpected error, or the engine's crash-loop limit; 2 bad usage or a setting, model,
+store or port that cannot be used; 130 interrupted before it served.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from loramux_server.config import OPTIONS, ConfigError, Option, ServerConfig, load_config, show_config
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class UsageError(Exception):
+    """Something that the operator has to change; the message is the one line that they see."""
+
+
+def server_version() -> str:
+    """Return the version of the installed distribution; `0+unknown` in a bare source tree."""
+    try:
+        return metadata.version("loramux")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; None = those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        return _run(parsed)
+    except (ConfigError, UsageError) as error:
+        print(f"loramux-server: {_one_line(str(error))}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="loramux-server", description="Serve one base model and many LoRA adapters.")
+    parser.add_argument("--version", action="version", version=f"loramux-server {server_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_settings(commands.add_parser("serve", help="serve a model", argument_default=argparse.SUPPRESS))
+    quantize = commands.add_parser("quantize", help="write a checkpoint with its linear weights in NF4")
+    quantize.add_argument("source", metavar="SRC", help="directory of the checkpoint, or a hub id")
+    quantize.add_argument("target", metavar="DST", help="directory to write; must not exist or be empty")
+    config = commands.add_parser("config", help="check or show settings")
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_settings(actions.add_parser("check", help="check settings", argument_default=argparse.SUPPRESS))
+    _add_settings(actions.add_parser("show", help="show settings in effect", argument_default=argparse.SUPPRESS))
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    for option in OPTIONS:
+        _add_option(parser, option)
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    text = option.help.replace("%", "%%")
+    if option.kind is bool:
+        parser.add_argument(option.flag, dest=option.name, action="store_true", help=text)
+        if option.negative is not None:
+            parser.add_argument(option.negative, dest=option.name, action="store_false", help=f"do not {text}")
+        return
+    if isinstance(option.default, str | int | float):
+        text += f" (default {option.default})"
+    metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.__name__.upper()
+    parser.add_argument(option.flag, dest=option.name, metavar=metavar, help=text)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    if parsed.command == "quantize":
+        return _quantize(parsed.source, parsed.target)
+    config = _config(parsed)
+    if parsed.command == "config":
+        if parsed.action == "show":
+            print(show_config(config), end="")
+        else:
+            print("settings are valid")
+        return EXIT_OK
+    return _serve(config)
+
+
+def _config(parsed: argparse.Namespace) -> ServerConfig:
+    names = {option.name for option in OPTIONS}
+    flags: dict[str, Any] = {name: value for name, value in vars(parsed).items() if name in names}
+    file = getattr(parsed, "config", None) or os.environ.get("LORAMUX_CONFIG")
+    return load_config(flags, environment=os.environ, file=None if file is None else Path(file))
+
+
+def _serve(config: ServerConfig) -> int:
+    from loramux_server.app import ServeError, run_until_stopped
+    from loramux_server.telemetry.json_log import configure_logging
+
+    configure_logging(config.log_level)
+    try:
+        return asyncio.run(run_until_stopped(config, version=server_version()))
+    except ServeError as error:
+        raise UsageError(str(error)) from error
+
+
+def _quantize(source: str, target: str) -> int:
+    from loramux_server.hub import resolve_model
+    from loramux_server.model.quantize import quantize_checkpoint
+
+    directory = resolve_model(source, flag="SRC")
+    destination = Path(target)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UsageError(f"DST {target} exists and is not an empty directory; name another")
+
+    def progress(done: int, total: int, name: str) -> None:
+        print(f"\r{done}/{total} {name[:60]:<60}", end="", file=sys.stderr, flush=True)
+
+    try:
+        quantize_checkpoint(directory, destination, progress=progress)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"cannot quantize {source}: {error}") from error
+    print(f"\nwrote {target}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,89 @@
+"""Sizes the KV pool: what is left of the device once weights, slab and the largest step have had their share."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from loramux_server.engine.config import EngineConfig
+from loramux_server.model.spec import ModelSpec
+
+
+class NotEnoughMemory(ValueError):
+    """One request of the maximum length does not fit; the server refuses to start."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KvPlan:
+    """Size of the pool.
+
+    Attributes:
+        pages: Usable pages (page 0, the trash page, comes on top).
+        page_bytes: Bytes of one page over all layers.
+        max_model_len: Longest prompt + output in tokens.
+    """
+
+    pages: int
+    page_bytes: int
+    max_model_len: int
+
+
+def plan_kv(
+    config: EngineConfig,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    largest_step: Callable[[], None],
+) -> KvPlan:
+    """Decide the number of pages.
+
+    Args:
+        config: Settings; an explicit `kv_pages` wins.
+        spec: Base model.
+        dtype: Element type of keys and values.
+        device: Where the pool will live.
+        largest_step: Runs the largest mixed step on a pool just big enough for it (CUDA only; it is measured).
+
+    Raises:
+        NotEnoughMemory: The pool cannot hold one request of `max_model_len`.
+    """
+    page_bytes = spec.num_layers * 2 * config.page_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    wanted = config.max_model_len or spec.max_position
+    if config.kv_pages is not None:
+        pages = config.kv_pages
+    elif device.type == "cpu":
+        pages = -(-config.kv_tokens // config.page_size)
+    else:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        largest_step()
+        torch.cuda.synchronize(device)
+        activation = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        # Other processes' memory counts as taken; the reserve keeps fragmentation from ending a full pool.
+        room = free - activation - int(total * (1.0 - config.gpu_memory_utilization))
+        pages = max(room, 0) // page_bytes
+    capacity = pages * config.page_size
+    if config.max_model_len is None:
+        wanted = min(wanted, capacity)
+    if capacity < wanted or pages < 1:
+        raise NotEnoughMemory(
+            f"the KV pool holds {capacity} tokens ({pages} pages of {config.page_size}), but max_model_len is {wanted}: "
+            f"lower --max-model-len, or give more pages (--kv-pages, each takes {page_bytes / 2**20:.2f} MiB)"
+        )
+    return KvPlan(pages=pages, page_bytes=page_bytes, max_model_len=wanted)
+
+
+def allocate_kv(
+    spec: ModelSpec, *, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """One tensor `[pages + 1, 2, page_size, kv_heads, head_dim]` a layer; page 0 is the trash page.
+
+    Zeros, not uninitialised memory: the trash page is read by padded rows, and masked loads must not meet signalling
+    patterns from elsewhere on the device.
+    """
+    shape = (pages + 1, 2, page_size, spec.num_kv_heads, spec.head_dim)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]

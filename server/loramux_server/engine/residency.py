@@ -1,0 +1,376 @@
+"""Adapter versions: which are known, who refers to them, and which are in the slab.
+
+Two counts are kept apart. A *reference* is held by every request that a version is bound to, preempted ones included:
+a dropped version is forgotten when it reaches zero. A *use* is held by requests that run: a version in use is never
+evicted. Loading is asynchronous; only the requests of the version that loads wait for it.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+from loramux_server.engine.messages import Completed, ErrorSpec, Event, VersionSpec, VersionState
+from loramux_server.engine.plan import SlabView
+from loramux_server.engine.slab_layout import Tenure, find_window, find_window_to_drain
+from loramux_server.errors import LoramuxServerError, NotFound, Reason, ResourceExhausted, Unavailable
+
+PRELOAD_PATIENCE = 10.0
+"""Seconds a `Preload` waits for room."""
+
+
+class Residency(enum.Enum):
+    """Where a version's weights are, as `VersionState.residency` says it."""
+
+    STORE = "store"
+    LOADING = "loading"
+    GPU = "gpu"
+
+
+class Room(enum.Enum):
+    """Answer to `AdapterResidency.want`."""
+
+    READY = "ready"
+    LOADING = "loading"
+    NONE = "none"
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Version:
+    spec: VersionSpec
+    units: int = 0
+    state: Residency = Residency.STORE
+    slot: int = -1
+    first_unit: int = -1
+    references: int = 0
+    uses: int = 0
+    last_used: int = 0
+    dropped: bool = False
+    unloads: list[str] = dataclasses.field(default_factory=list)
+    preloads: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+
+
+def error_spec(error: Exception) -> ErrorSpec:
+    """What the front end is told of an exception; foreign exceptions keep their text in the log."""
+    if isinstance(error, LoramuxServerError):
+        return ErrorSpec(reason=error.reason.value, message=error.message, retry_after=error.retry_after)
+    if isinstance(error, OSError):
+        return ErrorSpec(reason=Reason.STORE_UNAVAILABLE.value, message="adapter version could not be read")
+    kind = type(error).__name__
+    return ErrorSpec(reason=Reason.INTERNAL.value, message=f"adapter version could not be loaded ({kind})")
+
+
+class AdapterResidency:
+    """Allocator of slab slots and rank units.
+
+    Args:
+        slab: The runner's slab.
+        emit: Takes `VersionState` and `Completed` events.
+        on_forget: Called with the name of a dropped version once nothing refers to it (its KV leaves the prefix cache).
+    """
+
+    def __init__(self, slab: SlabView, *, emit: Callable[[Event], None], on_forget: Callable[[str], None]) -> None:
+        self._slab = slab
+        self._emit = emit
+        self._on_forget = on_forget
+        self._versions: dict[str, _Version] = {}
+        self._by_slot: dict[int, _Version] = {}
+        self._reserved: tuple[str, frozenset[str]] | None = None
+        self._tick = 0
+        self.loads = 0
+        self.evictions = 0
+
+    # --- what is known ---------------------------------------------------------------------------------------------
+
+    def put(self, spec: VersionSpec) -> None:
+        """Make a version known; a dropped one that is still held comes back."""
+        known = self._versions.get(spec.version)
+        if known is None:
+            self._versions[spec.version] = _Version(spec=spec)
+            return
+        known.dropped = False
+        if known.state is Residency.STORE:
+            known.spec, known.units = spec, 0
+
+    def drop(self, version: str) -> None:
+        """Take no new requests for a version; it is forgotten when the last reference goes."""
+        known = self._versions.get(version)
+        if known is None:
+            return
+        known.dropped = True
+        preloads, known.preloads = known.preloads, []
+        for operation_id, _ in preloads:
+            self._emit(Completed(operation_id=operation_id, error=error_spec(_not_found(version))))
+        self._settle(known)
+
+    def serves(self, version: str) -> bool:
+        """Whether new requests may bind the version."""
+        known = self._versions.get(version)
+        return known is not None and not known.dropped
+
+    def bind(self, version: str) -> str:
+        """Take a reference.
+
+        Returns:
+            The version's digest.
+
+        Raises:
+            NotFound: Unknown or dropped.
+        """
+        known = self._versions.get(version)
+        if known is None or known.dropped:
+            raise _not_found(version)
+        known.references += 1
+        return known.spec.digest
+
+    def unbind(self, version: str) -> None:
+        """Give a reference back."""
+        known = self._versions[version]
+        assert known.references > 0, f"{version} has no reference to give back"
+        known.references -= 1
+        if known.dropped and known.references > 0:
+            self._emit(self._state_of(known))
+        self._settle(known)
+
+    def digest(self, version: str) -> str:
+        """Digest of a known version."""
+        return self._versions[version].spec.digest
+
+    # --- room in the slab ------------------------------------------------------------------------------------------
+
+    def want(self, version: str, *, newcomer: bool = False) -> Room:
+        """Ask for a version in the slab; starts its load when there is room.
+
+        Args:
+            version: A known version.
+            newcomer: The request is newer than the one that a reservation is for, so it must keep out of its way.
+
+        Raises:
+            LoramuxServerError: The adapter cannot be read or can never fit.
+        """
+        known = self._versions[version]
+        if known.unloads:
+            return Room.NONE
+        reserved_for, draining = self._reserved or (version, frozenset())
+        blocked = newcomer and reserved_for != version
+        if known.state is Residency.GPU:
+            return Room.NONE if blocked and version in draining else Room.READY
+        if known.state is Residency.LOADING:
+            return Room.LOADING
+        if blocked:
+            return Room.NONE
+        return self._start_load(known)
+
+    def acquire(self, version: str) -> int:
+        """Use a resident version; returns its slot."""
+        known = self._versions[version]
+        assert known.state is Residency.GPU, f"{version} is not resident"
+        known.uses += 1
+        self._touch(known)
+        return known.slot
+
+    def release(self, version: str) -> None:
+        """Stop using a version; the last launched step that reads it has finished."""
+        known = self._versions[version]
+        assert known.uses > 0, f"{version} is not in use"
+        known.uses -= 1
+        self._touch(known)
+        self._settle(known)
+
+    def reserve(self, version: str | None) -> None:
+        """Keep a place free for the oldest request that was passed over too often, or for none.
+
+        The window with the least work in it is chosen once; newcomers may not start to use what stands there, nor load
+        anything, until the reservation is given up.
+        """
+        if version is None:
+            self._reserved = None
+            return
+        if self._reserved is not None and self._reserved[0] == version:
+            return
+        known = self._versions[version]
+        window = find_window_to_drain(self._tenures(), known.units, self._slab.rank_units)
+        leaving = frozenset(window.leaving) if window is not None else frozenset()
+        if not leaving and len(self._by_slot) >= self._slab.max_slots:
+            leaving = frozenset([min(self._tenures(), key=lambda t: (t.busy, t.last_used)).version])
+        self._reserved = (version, leaving - {version})
+
+    def _start_load(self, known: _Version) -> Room:
+        capacity = self._slab.rank_units
+        if known.units == 0:
+            known.units = self._slab.units_of(known.spec.path)
+        if known.units > capacity:
+            raise ResourceExhausted(
+                Reason.ADAPTER_SLOTS_EXHAUSTED,
+                f"adapter needs {known.units} rank units, the slab has {capacity}; raise rank_units",
+            )
+        window = find_window(self._tenures(), known.units, capacity)
+        if window is None:
+            return Room.NONE
+        leaving = window.leaving
+        if not leaving and len(self._by_slot) >= self._slab.max_slots:
+            evictable = [t for t in self._tenures() if not t.busy]
+            if not evictable:
+                return Room.NONE
+            leaving = (min(evictable, key=lambda t: t.last_used).version,)
+        for version in leaving:
+            self.evictions += 1
+            self._vacate(self._versions[version])
+        slot = next(slot for slot in range(self._slab.max_slots) if slot not in self._by_slot)
+        known.state, known.slot, known.first_unit = Residency.LOADING, slot, window.first_unit
+        self._by_slot[slot] = known
+        self._touch(known)
+        self._slab.start_load(slot, window.first_unit, known.units, known.spec.path)
+        return Room.LOADING
+
+    def poll(self, now: float) -> list[tuple[str, ErrorSpec]]:
+        """Take in loads that ended, go on with preloads; returns versions whose load failed, with the error."""
+        failed: list[tuple[str, ErrorSpec]] = []
+        for slot, error in self._slab.poll_loads():
+            known = self._by_slot[slot]
+            assert known.state is Residency.LOADING, f"slot {slot} was not loading"
+            if error is None:
+                known.state = Residency.GPU
+                self.loads += 1
+                self._emit(self._state_of(known))
+            else:
+                spec = error_spec(error)
+                failed.append((known.spec.version, spec))
+                self._vacate(known, announce=False)
+                self._end_preloads(known, spec)
+            self._settle(known)
+        for known in [known for known in self._versions.values() if known.preloads]:
+            self._advance_preload(known, now)
+        return failed
+
+    # --- operations ------------------------------------------------------------------------------------------------
+
+    def preload(self, operation_id: str, version: str, now: float) -> None:
+        """Load a version ahead of its requests; answered by `Completed`."""
+        known = self._versions.get(version)
+        if known is None or known.dropped:
+            self._emit(Completed(operation_id=operation_id, error=error_spec(_not_found(version))))
+            return
+        known.preloads.append((operation_id, now + PRELOAD_PATIENCE))
+        self._advance_preload(known, now)
+
+    def unload(self, operation_id: str, version: str) -> None:
+        """Free a version's rows once nothing uses it; answered by `Completed`."""
+        known = self._versions.get(version)
+        if known is None:
+            self._emit(Completed(operation_id=operation_id, error=error_spec(_not_found(version))))
+            return
+        known.unloads.append(operation_id)
+        self._settle(known)
+
+    def cancel_operations(self) -> None:
+        """Answer every pending operation: the engine shuts down."""
+        spec = error_spec(Unavailable(Reason.DRAINING, "the engine is shutting down"))
+        for known in self._versions.values():
+            self._end_preloads(known, spec)
+            unloads, known.unloads = known.unloads, []
+            for operation_id in unloads:
+                self._emit(Completed(operation_id=operation_id, error=spec))
+
+    @property
+    def pending(self) -> bool:
+        """Whether loads or preloads are under way."""
+        return any(k.state is Residency.LOADING or k.preloads for k in self._versions.values())
+
+    @property
+    def resident(self) -> int:
+        """Versions in the slab."""
+        return sum(known.state is Residency.GPU for known in self._by_slot.values())
+
+    @property
+    def rank_units_used(self) -> int:
+        """Rank units that are taken, loads in flight included."""
+        return sum(known.units for known in self._by_slot.values())
+
+    def _advance_preload(self, known: _Version, now: float) -> None:
+        try:
+            room = self.want(known.spec.version, newcomer=True)
+        except LoramuxServerError as error:
+            self._end_preloads(known, error_spec(error))
+            return
+        if room is Room.READY:
+            self._end_preloads(known, None)
+            return
+        if room is Room.NONE:
+            late = [operation_id for operation_id, until in known.preloads if until <= now]
+            known.preloads = [entry for entry in known.preloads if entry[1] > now]
+            full = ResourceExhausted(
+                Reason.ADAPTER_SLOTS_EXHAUSTED, "every rank unit is in use; unpin or unload an adapter", retry_after=1.0
+            )
+            for operation_id in late:
+                self._emit(Completed(operation_id=operation_id, error=error_spec(full)))
+
+    def _end_preloads(self, known: _Version, error: ErrorSpec | None) -> None:
+        preloads, known.preloads = known.preloads, []
+        for operation_id, _ in preloads:
+            self._emit(Completed(operation_id=operation_id, error=error))
+
+    def _settle(self, known: _Version) -> None:
+        """Finish what waits for a version to come to rest: unloads and the end of a dropped one."""
+        if known.uses or known.state is Residency.LOADING:
+            return
+        gone = known.dropped and known.references == 0
+        if (known.unloads or gone) and known.state is Residency.GPU:
+            self._vacate(known, announce=not gone)
+        unloads, known.unloads = known.unloads, []
+        for operation_id in unloads:
+            self._emit(Completed(operation_id=operation_id))
+        if gone and self._versions.get(known.spec.version) is known:
+            del self._versions[known.spec.version]
+            self._on_forget(known.spec.version)
+            self._emit(self._state_of(known, dropped=True))
+
+    def _vacate(self, known: _Version, *, announce: bool = True) -> None:
+        assert known.uses == 0, f"{known.spec.version} is in use"
+        self._slab.clear(known.slot)
+        del self._by_slot[known.slot]
+        known.state, known.slot, known.first_unit = Residency.STORE, -1, -1
+        if announce:
+            self._emit(self._state_of(known))
+
+    def _touch(self, known: _Version) -> None:
+        self._tick += 1
+        known.last_used = self._tick
+
+    def _tenures(self) -> list[Tenure]:
+        return [
+            Tenure(
+                version=known.spec.version,
+                first_unit=known.first_unit,
+                units=known.units,
+                busy=known.uses + (known.state is Residency.LOADING),
+                last_used=known.last_used,
+            )
+            for known in self._by_slot.values()
+        ]
+
+    def _state_of(self, known: _Version, *, dropped: bool = False) -> VersionState:
+        residency = "gpu" if known.state is Residency.GPU else "store"
+        return VersionState(
+            version=known.spec.version, residency=residency, references=known.references, dropped=dropped
+        )
+
+    def check_integrity(self, *, references: dict[str, int], uses: dict[str, int]) -> None:
+        """Assert that rows do not overlap and that counts are exactly those of the living requests."""
+        taken: set[int] = set()
+        for slot, known in self._by_slot.items():
+            assert known.slot == slot and known.state is not Residency.STORE
+            assert 0 <= slot < self._slab.max_slots
+            rows = set(range(known.first_unit, known.first_unit + known.units))
+            assert known.units > 0 and not rows & taken and max(rows) < self._slab.rank_units
+            taken |= rows
+        for name, known in self._versions.items():
+            assert (known.state is Residency.STORE) == (known.slot == -1)
+            assert known.references == references.get(name, 0), f"{name}: {known.references} references"
+            assert known.uses == uses.get(name, 0), f"{name}: {known.uses} uses"
+            assert known.uses == 0 or known.state is Residency.GPU
+            assert not (known.dropped and known.references == 0 and known.state is not Residency.LOADING)
+        assert set(references) <= set(self._versions) and set(uses) <= set(self._versions)
+
+
+def _not_found(version: str) -> NotFound:
+    return NotFound(Reason.ADAPTER_NOT_FOUND, f"adapter version {version} is not served here")

@@ -1,0 +1,190 @@
+"""Builds the runner of one engine process: model, KV pool, slab, warm-up, and the `Ready` event that describes them."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from loramux_base.checkpoint import read_json
+from loramux_base.shapes import UnsupportedBase, base_shapes
+from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
+from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.memory import KvPlan, allocate_kv, plan_kv
+from loramux_server.engine.messages import Ready, SamplingSpec
+from loramux_server.engine.model_runner import ModelRunner
+from loramux_server.engine.plan import RowPlan, StepPlan
+from loramux_server.engine.staging import BatchStaging
+from loramux_server.model.causal_lm import CausalLM
+from loramux_server.model.load import load_model
+from loramux_server.model.self_test import self_test
+from loramux_server.model.slab import LoraSlab
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP = SamplingSpec(max_tokens=1, temperature=0.7, top_k=20, top_p=0.9, logprobs=1)
+
+
+def build_runner(config: EngineConfig) -> ModelRunner:
+    """Load, size, warm up.
+
+    Args:
+        config: Settings of this process.
+
+    Raises:
+        ModelLoadError: The checkpoint cannot be served.
+        UnsupportedModel: Its architecture or a flag is not supported.
+        SelfTestError: Our layers and transformers' disagree on a small model of the same flags.
+        NotEnoughMemory: One request of maximum length does not fit.
+    """
+    began = time.monotonic()
+    device = _device(config)
+    if device.type == "cpu" and config.threads is not None:
+        torch.set_num_threads(config.threads)
+    directory = Path(config.model)
+    model = load_model(
+        directory, weights=config.weights, device=device, shadow=config.shadow, batch_invariant=config.batch_invariant
+    )
+    if config.self_test:
+        model.details["self_test_deviation"] = f"{self_test(model.spec, device=device, dtype=model.dtype):.3g}"
+    slab, loader = _residency(config, directory, model)
+    plan = plan_kv(
+        config, model.spec, dtype=model.dtype, device=device, largest_step=lambda: _largest_step(config, model, slab, loader)
+    )
+    kv = allocate_kv(model.spec, pages=plan.pages, page_size=config.page_size, dtype=model.dtype, device=device)
+    ready = _ready(config, model, plan, loader)
+    runner = _runner(config, model, kv, slab, loader, plan.max_model_len, ready)
+    _warm_up(runner, config, plan.max_model_len)
+    ready.details["seconds_to_ready"] = f"{time.monotonic() - began:.1f}"
+    return runner
+
+
+def _residency(
+    config: EngineConfig, directory: Path, model: CausalLM
+) -> tuple[LoraSlab | None, AdapterLoader | NoAdapters]:
+    try:
+        shapes = base_shapes(read_json(directory / "config.json"))
+    except UnsupportedBase as error:
+        logger.warning("adapters are not served on this base: %s", error)
+        return None, NoAdapters(str(error))
+    slab = LoraSlab(
+        shapes,
+        rank_units=config.rank_units,
+        max_slots=config.max_slots,
+        max_rank=config.max_rank,
+        dtype=model.dtype,
+        device=model.device,
+        poison=config.poison,
+    )
+    loader = AdapterLoader(
+        slab,
+        shapes,
+        rank_units=config.rank_units,
+        max_slots=config.max_slots,
+        max_rank=config.max_rank,
+        device=model.device,
+    )
+    return slab, loader
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _runner(
+    config: EngineConfig,
+    model: CausalLM,
+    kv: list[torch.Tensor],
+    slab: LoraSlab | None,
+    loader: AdapterLoader | NoAdapters,
+    max_model_len: int,
+    ready: Ready,
+) -> ModelRunner:
+    staging = BatchStaging(
+        device=model.device,
+        max_tokens=config.max_batch_tokens,
+        max_sequences=config.max_running,
+        max_pages=-(-max_model_len // config.page_size),
+        page_size=config.page_size,
+    )
+    return ModelRunner(
+        model, kv=kv, slab=slab, loader=loader, staging=staging, page_size=config.page_size, ready=ready
+    )
+
+
+def _rows(counts: Sequence[int], page_size: int) -> list[RowPlan]:
+    """Fresh sequences of the given lengths over consecutive pages from 1 on."""
+    rows: list[RowPlan] = []
+    page = 1
+    for index, count in enumerate(counts):
+        pages = -(-count // page_size)
+        rows.append(
+            RowPlan(
+                sequence_id=-1 - index,
+                token_ids=[0] * count,
+                start=0,
+                pages=range(page, page + pages),
+                slot=-1,
+                sample=True,
+                sampling=_WARM_UP,
+                choice=0,
+                position=count,
+                history=[0] * count,
+                prompt_length=count,
+            )
+        )
+        page += pages
+    return rows
+
+
+def _largest_step(
+    config: EngineConfig, model: CausalLM, slab: LoraSlab | None, loader: AdapterLoader | NoAdapters
+) -> None:
+    """The step with the highest memory peak: a full token budget over the most sampled rows."""
+    share = max(1, config.max_batch_tokens // config.max_running)
+    counts = [share] * min(config.max_running, config.max_batch_tokens)
+    counts[-1] += config.max_batch_tokens - sum(counts)
+    rows = _rows(counts, config.page_size)
+    pages = max(max(row.pages) for row in rows)
+    kv = allocate_kv(model.spec, pages=pages, page_size=config.page_size, dtype=model.dtype, device=model.device)
+    nothing = KvPlan(pages=0, page_bytes=0, max_model_len=0)
+    runner = _runner(config, model, kv, slab, loader, max(counts), _ready(config, model, nothing, loader))
+    runner.launch(StepPlan(step=0, rows=rows)).result()
+
+
+def _warm_up(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+    """Compile and touch every kernel once before the server says it is ready: prefill, decode, mixed."""
+    usable = (runner.num_pages - 1) * config.page_size
+    chunk = min(config.prefill_chunk, config.max_batch_tokens, max_model_len, usable)
+    for counts in ([1], [chunk], [1] * min(8, config.max_running, runner.num_pages - 1)):
+        rows = _rows(counts, config.page_size)
+        runner.launch(StepPlan(step=0, rows=rows)).result()
+        for row in rows:
+            runner.release_sequence(row.sequence_id)
+
+
+def _ready(config: EngineConfig, model: CausalLM, plan: KvPlan, loader: AdapterLoader | NoAdapters) -> Ready:
+    device = str(model.device)
+    if model.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    return Ready(
+        fingerprint=model.fingerprint.hex,
+        max_model_len=plan.max_model_len,
+        vocab_size=model.spec.vocab_size,
+        device=device,
+        weights=config.weights,
+        resident_weight_bytes=model.resident_weight_bytes,
+        kv_pages=plan.pages,
+        page_size=config.page_size,
+        rank_units=loader.rank_units,
+        max_rank=config.max_rank,
+        details={
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "kv_bytes": str(plan.pages * plan.page_bytes),
+            **{name: str(value) for name, value in model.details.items()},
+        },
+    )

@@ -1,0 +1,179 @@
+"""What runs in the next step: decode rows first, then prefill chunks, then newly admitted requests.
+
+Deterministic and without tensors. A step takes at most `max_running` rows and `max_batch_tokens` tokens. A request of n
+sequences is prefilled once, up to the last prompt token; then its pages are forked and each sequence computes that
+token for itself. When a running sequence finds no page, running requests are preempted: of the key served most, the
+lowest priority, the newest first; they are recomputed later.
+"""
+
+from loramux_server.engine.admission import Admission
+from loramux_server.engine.fairness import FairnessPolicy
+from loramux_server.engine.kv import KvCache
+from loramux_server.engine.limits import Limits
+from loramux_server.engine.plan import PageCopy, RowPlan, StepPlan
+from loramux_server.engine.request import Phase, Request
+from loramux_server.engine.request_table import RequestTable
+from loramux_server.engine.sequence import Sequence
+
+_CALM_STEPS = 16
+"""Steps without running out of memory after which the token budget doubles again."""
+
+
+class Scheduler:
+    """Plans steps.
+
+    Args:
+        table: Requests.
+        admission: Who may start.
+        kv: Pages.
+        fairness: Whom preemption takes from.
+        limits: Rows and tokens a step.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: RequestTable,
+        admission: Admission,
+        kv: KvCache,
+        fairness: FairnessPolicy,
+        limits: Limits,
+    ) -> None:
+        self._table = table
+        self._admission = admission
+        self._kv = kv
+        self._fairness = fairness
+        self._limits = limits
+        self._steps = 0
+        self._prefill_budget = limits.max_batch_tokens
+        self._calm = 0
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None when nothing can run now."""
+        self._give_pages()
+        running = list(self._table.running)
+        decode: list[RowPlan] = []
+        prefill: list[RowPlan] = []
+        copies: list[PageCopy] = []
+        budget = self._limits.max_batch_tokens
+        for request in running:
+            for sequence in request.alive:
+                if request.forked and sequence.remaining == 1:
+                    decode.append(self._row(request, sequence, 1, copies))
+                    budget -= 1
+        budget = min(budget, self._prefill_budget)
+        for request in running:
+            budget -= self._prefill(request, budget, prefill, copies, decoding=True)
+        if budget > 0:
+            rows = self._limits.max_running - sum(request.width for request in running)
+            for request in self._admission.admit(rows=rows, now=now):
+                self._fork_when_ready(request)
+                budget -= self._prefill(request, budget, prefill, copies, decoding=False)
+                if budget <= 0:
+                    break
+        if not decode and not prefill:
+            return None
+        self._steps += 1
+        return StepPlan(step=self._steps, rows=decode + prefill, copies=copies)
+
+    def ran_out_of_memory(self, plan: StepPlan) -> None:
+        """Plan smaller prefills for a while: the device had no room for this step."""
+        prefill = sum(len(row.token_ids) for row in plan.rows if len(row.token_ids) > 1)
+        self._prefill_budget = max(1, min(self._prefill_budget, prefill) // 2)
+        self._calm = 0
+
+    def ran_well(self) -> None:
+        """A whole step succeeded at the first attempt."""
+        if self._prefill_budget < self._limits.max_batch_tokens:
+            self._calm += 1
+            if self._calm >= _CALM_STEPS:
+                self._calm = 0
+                self._prefill_budget = min(2 * self._prefill_budget, self._limits.max_batch_tokens)
+
+    # --- pages of running requests ---------------------------------------------------------------------------------
+
+    def _give_pages(self) -> None:
+        for request in list(self._table.running):
+            if request.phase is not Phase.RUNNING or not self._make_room(request):
+                continue
+            self._fork_when_ready(request)
+            for sequence in request.alive if request.forked else request.alive[:1]:
+                self._kv.grow(sequence)
+
+    def _make_room(self, request: Request) -> bool:
+        while self._cost(request) > self._kv.pool.available:
+            victim = max(self._table.running, key=self._preemption_rank)
+            self._table.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _cost(self, request: Request) -> int:
+        alive = request.alive
+        if request.forked:
+            return sum(self._kv.missing(sequence) for sequence in alive)
+        lead = alive[0]
+        cost = self._kv.missing(lead)
+        if self._ready_to_fork(request):
+            cost += sum(self._kv.fork_cost(lead, sequence) for sequence in alive[1:])
+        return cost
+
+    def _preemption_rank(self, request: Request) -> tuple[float, int, int]:
+        return (self._fairness.served(request.add.fairness_key), -request.add.priority, request.admitted_order)
+
+    def _ready_to_fork(self, request: Request) -> bool:
+        alive = request.alive
+        return not request.forked and (len(alive) == 1 or alive[0].computed == request.prompt_length - 1)
+
+    def _fork_when_ready(self, request: Request) -> None:
+        if self._ready_to_fork(request):
+            lead, *others = request.alive
+            for sequence in others:
+                self._kv.fork(lead, sequence)
+            request.forked = True
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def _prefill(
+        self, request: Request, budget: int, rows: list[RowPlan], copies: list[PageCopy], *, decoding: bool
+    ) -> int:
+        """Add rows for what a request has yet to compute; `decoding` = its decode rows are planned already."""
+        used = 0
+        for sequence in request.alive if request.forked else request.alive[:1]:
+            if decoding and request.forked and sequence.remaining == 1:
+                continue
+            until = len(sequence.tokens) if request.forked else request.prompt_length - 1
+            chunk = min(until - sequence.computed, self._limits.prefill_chunk, budget - used)
+            if chunk > 0:
+                rows.append(self._row(request, sequence, chunk, copies))
+                used += chunk
+        return used
+
+    def _row(self, request: Request, sequence: Sequence, chunk: int, copies: list[PageCopy]) -> RowPlan:
+        start = sequence.computed
+        end = start + chunk
+        sampling = request.add.sampling
+        sample = request.forked and end == len(sequence.tokens)
+        asked: int | None = None
+        targets: list[int] = []
+        if request.owes_prompt_logprobs and sequence is request.alive[0]:
+            targets = sequence.tokens[start + 1 : min(end + 1, request.prompt_length)]
+            asked = sampling.prompt_logprobs if targets else None
+        if sequence.pending_copy is not None:
+            copies.append(sequence.pending_copy)
+        sequence.launched = True
+        return RowPlan(
+            sequence_id=sequence.sequence_id,
+            token_ids=sequence.tokens[start:end],
+            start=start,
+            pages=sequence.pages[: self._kv.pages_for(end)],
+            slot=request.slot,
+            sample=sample,
+            sampling=sampling if sample or asked is not None else None,
+            choice=sequence.choice,
+            position=end,
+            history=sequence.tokens,
+            prompt_length=request.prompt_length,
+            prompt_logprobs=asked,
+            prompt_targets=targets,
+        )

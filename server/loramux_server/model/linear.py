@@ -1,0 +1,216 @@
+"""One op for every linear layer: `y = x W^T + b`, by a backend that the tuning table picks for (N, K, M).
+
+M rows of x, K input width, N output width. Backends:
+
+- `dense`: W in the compute dtype. For NF4 bytes this is the *shadow*: their dequantized copy kept resident.
+- `bitsandbytes`: bitsandbytes' fused product of the NF4 bytes (CUDA).
+- `dequantize`: the NF4 bytes expanded to the compute dtype in every call, then a dense product.
+
+All compute the same function of the same weights; `dense` on a shadow and `dequantize` give equal bits.
+
+Batch invariance. On the CPU, a row's result depends on the row count: measured with MKL on AVX-512, one row takes the
+matrix-vector product, and rows are dealt to threads in pieces whose last 1 to 3 rows take another kernel. Padded to a
+multiple of `row_multiple()` rows, every row had the same bits for every M from 1 to 600, with 1 to 4 threads. On CUDA
+the library picks a kernel by M; there, blocks of a fixed number of rows are multiplied one by one.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loramux_base import nf4
+from loramux_base.nf4 import Nf4Weight
+from loramux_server.kernels.capability import row_multiple
+
+Backend = Literal["dense", "bitsandbytes", "dequantize"]
+
+_CUDA_INVARIANT_ROWS = 64
+
+
+@functools.cache
+def bitsandbytes_available() -> bool:
+    """Whether bitsandbytes' fused NF4 product can be called; imports it, so ask only on CUDA."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TuningRow:
+    """A measured choice.
+
+    Attributes:
+        n: Output width.
+        k: Input width.
+        max_m: Largest number of rows it holds for.
+        backend: What was fastest.
+    """
+
+    n: int
+    k: int
+    max_m: int
+    backend: Backend
+
+
+class TuningTable:
+    """Backend of an NF4 product by (N, K, M): measured rows first, then a heuristic.
+
+    The heuristic on CUDA: bitsandbytes' fused product up to 64 rows, where reading 4-bit weights pays, then
+    dequantize + dense product. Elsewhere always dequantize.
+    """
+
+    def __init__(self, rows: Sequence[TuningRow] = ()) -> None:
+        """Index the rows.
+
+        Args:
+            rows: In any order; for one (n, k), the smallest `max_m` that holds wins.
+        """
+        self._rows: dict[tuple[int, int], list[TuningRow]] = {}
+        for row in sorted(rows, key=lambda row: row.max_m):
+            self._rows.setdefault((row.n, row.k), []).append(row)
+
+    def choose(self, n: int, k: int, m: int, device: torch.device) -> Backend:
+        """Backend for a product.
+
+        Args:
+            n: Output width.
+            k: Input width.
+            m: Rows.
+            device: Where it runs.
+        """
+        for row in self._rows.get((n, k), ()):
+            if m <= row.max_m:
+                return row.backend
+        if device.type == "cuda" and m <= 64 and bitsandbytes_available():
+            return "bitsandbytes"
+        return "dequantize"
+
+
+class Linear:
+    """A (fused) linear layer on one device.
+
+    Attributes:
+        out_features: N.
+        in_features: K.
+        dtype: Compute dtype.
+        bias: `[N]` or None.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | Nf4Weight,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        shadow: bool = False,
+        batch_invariant: bool = False,
+        table: TuningTable | None = None,
+    ) -> None:
+        """Place the weight on the device.
+
+        Args:
+            weight: `[N, K]`, dense or NF4.
+            bias: `[N]`.
+            dtype: Compute dtype.
+            device: Of weight and products.
+            shadow: Keep only the dequantized copy of an NF4 weight.
+            batch_invariant: Make each row's result independent of the other rows.
+            table: Backend choices for NF4 bytes; None = the heuristic alone.
+        """
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        self.bias = None if bias is None else bias.to(device=device, dtype=dtype)
+        self._dense: Tensor | None = None
+        self._nf4: Nf4Weight | None = None
+        if isinstance(weight, Tensor):
+            self._dense = weight.to(device=device, dtype=dtype).contiguous()
+        elif shadow:
+            self._dense = nf4.dequantize(weight.to(device), dtype)
+        else:
+            self._nf4 = weight.to(device)
+        self._device = device
+        self._batch_invariant = batch_invariant
+        self._table = table or TuningTable()
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of weight and bias."""
+        weight = self._dense.nbytes if self._dense is not None else 0
+        codes = self._nf4.nbytes if self._nf4 is not None else 0
+        return weight + codes + (0 if self.bias is None else self.bias.nbytes)
+
+    def backend(self, rows: int) -> Backend:
+        """Which backend a product of so many rows takes."""
+        if self._dense is not None:
+            return "dense"
+        if self._batch_invariant:
+            # by (N, K) only: the fused product's own choice of kernel depends on M
+            return "dequantize"
+        return self._table.choose(self.out_features, self.in_features, rows, self._device)
+
+    def dense_weight(self) -> Tensor:
+        """`[N, K]` in the compute dtype; computed when only the NF4 bytes are resident."""
+        if self._dense is not None:
+            return self._dense
+        assert self._nf4 is not None
+        return nf4.dequantize(self._nf4, self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product.
+
+        Args:
+            x: `[M, K]` in the compute dtype.
+
+        Returns:
+            `[M, N]`.
+        """
+        if self.backend(x.shape[0]) == "bitsandbytes":
+            assert self._nf4 is not None
+            result: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+                x,
+                self._nf4.codes.view(-1, 1),
+                [self.out_features, self.in_features],
+                self._nf4.absmax.view(-1),
+                nf4.BLOCK_SIZE,
+                "nf4",
+                self.bias,
+            )
+            return result
+        weight = self.dense_weight()
+        if not self._batch_invariant:
+            return F.linear(x, weight, self.bias)
+        if self._device.type == "cuda":
+            return _linear_in_blocks(x, weight, self.bias, _CUDA_INVARIANT_ROWS)
+        return linear_row_stable(x, weight, self.bias)
+
+
+def linear_row_stable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """CPU product in which a row's bits do not depend on the number of rows.
+
+    Args:
+        x: `[M, K]`.
+        weight: `[N, K]`.
+        bias: `[N]` or None.
+    """
+    rows = x.shape[0]
+    padding = -rows % row_multiple()
+    if not padding:
+        return F.linear(x, weight, bias)
+    return F.linear(F.pad(x, (0, 0, 0, padding)), weight, bias)[:rows]
+
+
+def _linear_in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """Product in row blocks of one size, the last padded with zeros."""
+    rows = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -rows % size))
+    blocks = [F.linear(block, weight, bias) for block in padded.split(size)]
+    return torch.cat(blocks)[:rows]

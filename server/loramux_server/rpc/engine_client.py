@@ -1,0 +1,414 @@
+"""The front end's side of the engine socket: sends commands, routes events to the requests that wait for them.
+
+One frame out a loop tick, however many handlers sent commands in it; frames in are decoded by a protocol and pushed
+into one `RequestStream` a request. The client outlives engine processes: `attach` starts an epoch, `detach` ends it and
+fails every waiter. Events of any other epoch are dropped.
+"""
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from loramux_server.engine import messages as wire
+from loramux_server.engine.frames import FrameDecoder, FrameError, encode_frame
+from loramux_server.errors import Internal, LoramuxServerError, Reason, Unavailable, from_reason
+
+_log = logging.getLogger(__name__)
+
+_MAX_FRAME_COMMANDS = 256
+_MAX_FRAME_TOKENS = 1_000_000
+_LOGPROB_BYTES = 16
+
+RequestEvent = wire.Started | wire.PromptLogprobs | wire.Tokens | wire.SequenceFinished | wire.Done
+
+
+def engine_unavailable(why: str, *, retry_after: float = 1.0) -> Unavailable:
+    """Return the error of every request that meets no engine."""
+    return Unavailable(Reason.ENGINE_UNAVAILABLE, f"{why}; retry in a moment", retry_after=retry_after)
+
+
+class RequestStream:
+    """Events of one request, in order, for one reader.
+
+    A reader that lags gets tokens of one sequence merged into one event, so a stream holds at most a few events however
+    far behind it is; `pending_bytes` says roughly how much text and log-probabilities wait.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        """Create an empty stream.
+
+        Args:
+            request_id: Id that the engine knows.
+        """
+        self.request_id = request_id
+        self.started = False
+        self.done = False
+        self.pending_bytes = 0
+        self._events: deque[RequestEvent] = deque()
+        self._tokens: dict[int, wire.Tokens] = {}
+        self._error: LoramuxServerError | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, event: RequestEvent) -> None:
+        """Append an event; tokens of a sequence whose earlier tokens still wait are merged into those."""
+        if isinstance(event, wire.Tokens):
+            self.pending_bytes += 4 * len(event.token_ids) + _LOGPROB_BYTES * sum(
+                1 + len(entry.top) for entry in event.logprobs
+            )
+            earlier = self._tokens.get(event.index)
+            if earlier is not None:
+                earlier.token_ids.extend(event.token_ids)
+                earlier.logprobs.extend(event.logprobs)
+            else:
+                self._tokens[event.index] = event
+                self._events.append(event)
+        else:
+            if isinstance(event, wire.PromptLogprobs):
+                self.pending_bytes += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in event.entries)
+            elif isinstance(event, wire.Done):
+                self.done = True
+            self._events.append(event)
+        self._wake.set()
+
+    def fail(self, error: LoramuxServerError) -> None:
+        """End the stream with an error, after the events that already wait."""
+        if self._error is None and not self.done:
+            self._error = error
+            self.done = True
+            self._wake.set()
+
+    async def read(self) -> list[RequestEvent]:
+        """Wait for events and take all of them.
+
+        Raises:
+            LoramuxServerError: The stream was failed and nothing waits any more.
+        """
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            await self._wake.wait()
+        taken = list(self._events)
+        self._events.clear()
+        self._tokens.clear()
+        self.pending_bytes = 0
+        return taken
+
+
+class _FrameProtocol(asyncio.Protocol):
+    """Splits the byte stream into frames."""
+
+    def __init__(self, on_frame: Callable[[wire.EventFrame], None], on_end: Callable[[str], None]) -> None:
+        self._on_frame = on_frame
+        self._on_end = on_end
+        self._frames = FrameDecoder(wire.EventFrame)
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._frames.feed(data):
+                self._on_frame(frame)
+        except FrameError as error:
+            self._on_end(f"the engine broke the protocol: {error}")
+            if self.transport is not None:
+                self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_end("the engine closed its socket" if exc is None else f"the engine's socket failed: {exc}")
+
+
+class EngineClient:
+    """The engine as handlers see it: submit, abort, stop, adapter table, and the newest `Stats`."""
+
+    def __init__(self) -> None:
+        """Create a client that is not attached to any engine."""
+        self.ready: wire.Ready | None = None
+        self.stats: wire.Stats | None = None
+        self.on_version_state: Callable[[wire.VersionState], None] | None = None
+        self.on_stats: Callable[[wire.Stats], None] | None = None
+        self._epoch = -1
+        self._serving = False
+        self._why_not = "the engine is starting"
+        self._protocol: _FrameProtocol | None = None
+        self._lost: asyncio.Future[str] | None = None
+        self._got_ready: asyncio.Future[wire.Ready] | None = None
+        self._streams: dict[str, RequestStream] = {}
+        self._operations: dict[str, asyncio.Future[None]] = {}
+        self._outbox: list[wire.Command] = []
+        self._flush_scheduled = False
+        self._waiting = 0
+
+    # --- life of an epoch ------------------------------------------------------------------------------------------
+
+    async def attach(self, sock: socket.socket, epoch: int) -> None:
+        """Begin to talk to a new engine process; requests are still refused until `open` is called.
+
+        Args:
+            sock: Our end of the socket pair; owned by the client from now on.
+            epoch: Number that the engine echoes in every frame.
+        """
+        assert self._protocol is None, "attach before detach"
+        loop = asyncio.get_running_loop()
+        self._epoch = epoch
+        self._lost = loop.create_future()
+        self._got_ready = loop.create_future()
+        protocol = _FrameProtocol(self._on_frame, self._on_end)
+        await loop.create_connection(lambda: protocol, sock=sock)
+        self._protocol = protocol
+
+    async def wait_ready(self) -> wire.Ready:
+        """Wait for the engine's `Ready`.
+
+        Raises:
+            ConnectionError: The socket ended first.
+        """
+        assert self._got_ready is not None and self._lost is not None, "not attached"
+        await asyncio.wait([self._got_ready, self._lost], return_when=asyncio.FIRST_COMPLETED)
+        if self._got_ready.done():
+            return self._got_ready.result()
+        raise ConnectionError(self._lost.result())
+
+    async def wait_lost(self) -> str:
+        """Wait until the socket ends and say why."""
+        assert self._lost is not None, "not attached"
+        return await asyncio.shield(self._lost)
+
+    def open(self, resync: Sequence[wire.Command]) -> None:
+        """Send the adapter table, then accept requests.
+
+        Args:
+            resync: Commands that bring a fresh engine to the registry's state.
+        """
+        for command in resync:
+            self.send(command)
+        self._serving = True
+
+    def detach(self, why: str) -> None:
+        """End the epoch: close the socket and fail everything that waits.
+
+        Args:
+            why: Text for the waiters, without a trailing period.
+        """
+        self._serving = False
+        self._why_not = why
+        self.ready = None
+        self._outbox.clear()
+        if self._protocol is not None and self._protocol.transport is not None:
+            self._protocol.transport.abort()
+        self._protocol = None
+        error = engine_unavailable(why)
+        for stream in list(self._streams.values()):
+            stream.fail(error)
+        self._streams.clear()
+        self._waiting = 0
+        for operation in self._operations.values():
+            if not operation.done():
+                operation.set_exception(engine_unavailable(why))
+        self._operations.clear()
+
+    def shutdown(self) -> None:
+        """Refuse requests from now on and ask the engine to end; `wait_lost` tells when it did."""
+        self._serving = False
+        self._why_not = "the server is shutting down"
+        if self._protocol is not None:
+            self.send(wire.Shutdown())
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are accepted."""
+        return self._serving
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were sent and have not started yet."""
+        return self._waiting
+
+    @property
+    def open_requests(self) -> int:
+        """Requests without a `Done`."""
+        return len(self._streams)
+
+    def check_serving(self) -> None:
+        """Refuse when there is no engine.
+
+        Raises:
+            Unavailable: ENGINE_UNAVAILABLE.
+        """
+        if not self._serving:
+            raise engine_unavailable(self._why_not)
+
+    def submit(self, add: wire.Add) -> RequestStream:
+        """Send a request.
+
+        Args:
+            add: The request; its id must be new.
+
+        Returns:
+            The stream of its events; `release` it when it is not read to its `Done`.
+
+        Raises:
+            Unavailable: ENGINE_UNAVAILABLE.
+        """
+        self.check_serving()
+        assert add.request_id not in self._streams, "request ids are unique"
+        stream = RequestStream(add.request_id)
+        self._streams[add.request_id] = stream
+        self._waiting += 1
+        self.send(add)
+        return stream
+
+    def release(self, stream: RequestStream) -> None:
+        """Let go of a stream; if the request is still alive in the engine it is aborted. Idempotent."""
+        if self._streams.pop(stream.request_id, None) is None:
+            return
+        if not stream.started:
+            self._waiting -= 1
+        if not stream.done and self._protocol is not None:
+            self.send(wire.Abort(request_id=stream.request_id))
+
+    def abort(self, request_id: str) -> None:
+        """Ask the engine to cancel a request whose stream stays open for its `Done`."""
+        if self._protocol is not None:
+            self.send(wire.Abort(request_id=request_id))
+
+    def send(self, command: wire.Command) -> None:
+        """Queue a command; everything queued in one tick leaves in one frame."""
+        self._outbox.append(command)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    # --- adapters (`EngineLink`) -----------------------------------------------------------------------------------
+
+    def put_version(self, spec: wire.VersionSpec) -> None:
+        """Make a version known to the engine. Without an engine nothing is sent: the next resync has it."""
+        self._send_if_attached(wire.PutVersion(spec=spec))
+
+    def drop_version(self, version: str) -> None:
+        """Forget a version."""
+        self._send_if_attached(wire.DropVersion(version=version))
+
+    def put_alias(self, spec: wire.AliasSpec) -> None:
+        """Set where an alias points."""
+        self._send_if_attached(wire.PutAlias(spec=spec))
+
+    def drop_alias(self, alias: str, revision: int) -> None:
+        """Forget an alias."""
+        self._send_if_attached(wire.DropAlias(alias=alias, revision=revision))
+
+    async def preload(self, version: str) -> None:
+        """Load a version into the slab and wait until it is there.
+
+        Raises:
+            LoramuxServerError: ENGINE_UNAVAILABLE, or what the engine answered.
+        """
+        operation_id = secrets.token_hex(8)
+        await self._operate(operation_id, wire.Preload(operation_id=operation_id, version=version))
+
+    async def unload(self, version: str) -> None:
+        """Free a version's slab rows and wait until no sequence uses them.
+
+        Raises:
+            LoramuxServerError: ENGINE_UNAVAILABLE, or what the engine answered.
+        """
+        operation_id = secrets.token_hex(8)
+        await self._operate(operation_id, wire.Unload(operation_id=operation_id, version=version))
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between any two loop ticks."""
+        assert self._waiting == sum(1 for stream in self._streams.values() if not stream.started)
+        assert all(not stream.done for stream in self._streams.values())
+
+    # --- internals -------------------------------------------------------------------------------------------------
+
+    async def _operate(self, operation_id: str, command: wire.Command) -> None:
+        self.check_serving()
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._operations[operation_id] = waiter
+        try:
+            self.send(command)
+            await waiter
+        finally:
+            self._operations.pop(operation_id, None)
+
+    def _send_if_attached(self, command: wire.Command) -> None:
+        if self._serving:
+            self.send(command)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        commands, self._outbox = self._outbox, []
+        if self._protocol is None or self._protocol.transport is None:
+            return
+        while commands:
+            taken = _frame_length(commands)
+            self._protocol.transport.write(encode_frame(wire.CommandFrame(commands=commands[:taken])))
+            commands = commands[taken:]
+
+    def _on_end(self, why: str) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(why)
+
+    def _on_frame(self, frame: wire.EventFrame) -> None:
+        if frame.epoch != self._epoch:
+            _log.warning("dropped a frame of epoch %d in epoch %d", frame.epoch, self._epoch)
+            return
+        for event in frame.events:
+            self._on_event(event)
+
+    def _on_event(self, event: wire.Event) -> None:
+        if isinstance(event, wire.Started | wire.PromptLogprobs | wire.Tokens | wire.SequenceFinished | wire.Done):
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                return
+            if isinstance(event, wire.Started | wire.Done) and not stream.started:
+                stream.started = True
+                self._waiting -= 1
+            if isinstance(event, wire.Done):
+                del self._streams[event.request_id]
+            stream.push(event)
+        elif isinstance(event, wire.Stats):
+            self.stats = event
+            if self.on_stats is not None:
+                self.on_stats(event)
+        elif isinstance(event, wire.Completed):
+            waiter = self._operations.get(event.operation_id)
+            if waiter is not None and not waiter.done():
+                if event.error is None:
+                    waiter.set_result(None)
+                else:
+                    waiter.set_exception(error_of(event.error))
+        elif isinstance(event, wire.VersionState):
+            if self.on_version_state is not None:
+                self.on_version_state(event)
+        elif isinstance(event, wire.Ready):
+            self.ready = event
+            if self._got_ready is not None and not self._got_ready.done():
+                self._got_ready.set_result(event)
+
+
+def error_of(spec: wire.ErrorSpec | None) -> LoramuxServerError:
+    """Rebuild the error of a failed request; a failure without one is a bug of the engine."""
+    if spec is None:
+        return Internal(Reason.INTERNAL, "the engine failed the request without a reason")
+    return from_reason(spec.reason, spec.message, retry_after=spec.retry_after)
+
+
+def _frame_length(commands: Sequence[wire.Command]) -> int:
+    """Return how many of the commands fit into one frame: at least one."""
+    tokens = 0
+    for taken, command in enumerate(commands[:_MAX_FRAME_COMMANDS]):
+        if isinstance(command, wire.Add):
+            tokens += len(command.prompt_token_ids)
+            if tokens > _MAX_FRAME_TOKENS and taken > 0:
+                return taken
+    return min(len(commands), _MAX_FRAME_COMMANDS)

@@ -1,0 +1,301 @@
+"""The one way into every RPC: bytes in, domain errors out as statuses, nothing else leaks.
+
+Handlers are registered on bytes and parse themselves, since a parse failure inside gRPC comes out as UNKNOWN with the
+name of a Python class. In order: correlation id, drain gate, authentication, tenant, parse, handler, status. Any
+exception that is not a domain error becomes INTERNAL with the correlation id; its stack goes to the log only.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from loramux_server.errors import Internal, InvalidRequest, LoramuxServerError, Reason, ResourceExhausted, Unavailable
+from loramux_server.rpc.call import Call, Method
+from loramux_server.rpc.status import Trailers, code_of, to_status, trailers_of
+from loramux_server.telemetry.context import CORRELATION_ID, GENERATION_ID, correlation_id_from
+from loramux_server.tenancy.access import Acting
+
+_log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Authorizer(Protocol):
+    """Turns metadata into whom the call acts for, if it may be made at all."""
+
+    def authorize(self, method: str, metadata: Mapping[str, str]) -> Acting:
+        """Check credential, tenant and role for a full method name.
+
+        Raises:
+            LoramuxServerError: UNAUTHENTICATED or PERMISSION_DENIED.
+        """
+        ...
+
+
+class CallObserver(Protocol):
+    """Telemetry of one RPC; created when it arrives, ended exactly once."""
+
+    def ended(self, *, code: str, reason: str) -> None:
+        """Record the outcome.
+
+        Args:
+            code: Status code name (`OK`, `NOT_FOUND`).
+            reason: `Reason` value, or "" when there is none.
+        """
+        ...
+
+
+ObserveCall = Callable[[str, Mapping[str, str]], CallObserver]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowReader:
+    """When a stalled stream is given up: more than `pending_bytes` wait and no write completed for `seconds`."""
+
+    pending_bytes: int = 64 * 1024
+    seconds: float = 30.0
+
+
+class MeteredStream(Protocol):
+    """A response iterator that knows how much output waits behind it."""
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of output that wait for the reader."""
+        ...
+
+
+class Pipeline(grpc.GenericRpcHandler):
+    """Serves the methods of all services."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        *,
+        authorizer: Authorizer,
+        observe: ObserveCall,
+        slow_reader: SlowReader = SlowReader(),  # noqa: B008 - frozen
+    ) -> None:
+        """Create the handler.
+
+        Args:
+            methods: By full name, `/package.Service/Method`.
+            authorizer: See `Authorizer`.
+            observe: Called at the start of each RPC with method and text metadata.
+            slow_reader: Limits for response streams.
+        """
+        self._methods = dict(methods)
+        self._authorizer = authorizer
+        self._observe = observe
+        self._slow_reader = slow_reader
+        self._running: set[asyncio.Task[Any]] = set()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._handlers = {name: self._handler(name, method) for name, method in self._methods.items()}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        """Find the handler of a method; None lets gRPC answer UNIMPLEMENTED."""
+        return self._handlers.get(handler_call_details.method)
+
+    # --- drain -----------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Refuse new calls from now on."""
+        self._draining = True
+
+    @property
+    def running(self) -> int:
+        """Calls in progress."""
+        return len(self._running)
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is in progress."""
+        await self._idle.wait()
+
+    # --- one call --------------------------------------------------------------------------------------------------
+
+    def _handler(self, name: str, method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        handler: Any
+        if method.kind == "unary_unary":
+
+            async def unary(request: bytes, context: Context) -> bytes:
+                async def respond(call: Call) -> bytes:
+                    response: Message = await method.handler(_parse(method, request), call)
+                    return response.SerializeToString()
+
+                return await self._run(name, context, respond)
+
+            handler = grpc.unary_unary_rpc_method_handler(unary)
+        elif method.kind == "unary_stream":
+
+            async def stream(request: bytes, context: Context) -> None:
+                async def respond(call: Call) -> None:
+                    await self._write_all(method.handler(_parse(method, request), call), context)
+
+                await self._run(name, context, respond)
+
+            handler = grpc.unary_stream_rpc_method_handler(stream)
+        else:
+
+            async def collect(requests: AsyncIterator[bytes], context: Context) -> bytes:
+                async def respond(call: Call) -> bytes:
+                    try:
+                        response: Message = await method.handler(_parse_each(method, requests), call)
+                    except LoramuxServerError:
+                        # A client stream that is refused before its end reaches the caller as INTERNAL unless it is
+                        # read to its end first.
+                        async for _ in requests:
+                            pass
+                        raise
+                    return response.SerializeToString()
+
+                return await self._run(name, context, respond)
+
+            handler = grpc.stream_unary_rpc_method_handler(collect)
+        return handler
+
+    async def _run(self, name: str, context: Context, respond: Callable[[Call], Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        metadata = _text_metadata(context.invocation_metadata() or ())
+        correlation_id = correlation_id_from(metadata.get("x-request-id"))
+        CORRELATION_ID.set(correlation_id)
+        GENERATION_ID.set("")
+        observer = self._observe(name, metadata)
+        trailers: Trailers = (("x-request-id", correlation_id),)
+        code, reason = "CANCELLED", ""
+        error: LoramuxServerError
+        self._running.add(task)
+        self._idle.clear()
+        try:
+            try:
+                context.set_trailing_metadata(trailers)
+                if self._draining:
+                    raise Unavailable(
+                        Reason.DRAINING, "this server is shutting down; use another replica", retry_after=1.0
+                    )
+                acting = self._authorizer.authorize(name, metadata)
+                remaining = context.time_remaining()
+                call = Call(
+                    tenant=acting.tenant,
+                    principal=acting.principal,
+                    correlation_id=correlation_id,
+                    deadline=None if remaining is None else time.monotonic() + remaining,
+                )
+                response = await respond(call)
+                code = "OK"
+                return response
+            except asyncio.CancelledError:
+                remaining = context.time_remaining()
+                if remaining is not None and remaining <= 0:
+                    code, reason = "DEADLINE_EXCEEDED", Reason.DEADLINE_EXCEEDED.value
+                raise
+            except LoramuxServerError as domain_error:
+                error = domain_error
+                if isinstance(error, Internal):
+                    _log.exception("internal error in %s", name)
+            except Exception as bug:  # noqa: BLE001 - converted: INTERNAL for the caller, the stack for the log
+                _log.exception("unexpected %s in %s", type(bug).__name__, name)
+                error = Internal(
+                    Reason.INTERNAL, f"internal error; the server's log has it under correlation id {correlation_id}"
+                )
+            code, reason = code_of(error).name, error.reason.value
+            status = to_status(error)
+            await context.abort(code_of(error), status.message, trailers + trailers_of(status, error))
+        finally:
+            observer.ended(code=code, reason=reason)
+            self._running.discard(task)
+            if not self._running:
+                self._idle.set()
+
+    async def _write_all(self, responses: AsyncIterator[Message], context: Context) -> None:
+        """Write a response stream; the iterator is closed however this ends, so that its `finally` blocks run."""
+        guard = _StallGuard(self._slow_reader, responses)
+        try:
+            async for response in responses:
+                guard.writing_since = time.monotonic()
+                await context.write(response.SerializeToString())
+                guard.writing_since = None
+        except asyncio.CancelledError:
+            if not guard.tripped:
+                raise
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            raise ResourceExhausted(
+                Reason.SLOW_READER,
+                f"the stream was not read for {self._slow_reader.seconds:g} s while more than "
+                f"{self._slow_reader.pending_bytes} bytes of output waited; read faster or ask for less output",
+            ) from None
+        finally:
+            guard.close()
+            close = getattr(responses, "aclose", None)
+            if close is not None:
+                await close()
+
+
+class _StallGuard:
+    """Cancels the task of a stream that nobody reads; one timer a stream, not one a message."""
+
+    def __init__(self, limit: SlowReader, responses: object) -> None:
+        self.tripped = False
+        self.writing_since: float | None = None
+        self._limit = limit
+        self._responses = responses
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        if hasattr(responses, "pending_bytes"):
+            self._arm()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._limit.seconds / 4, self._check)
+
+    def _check(self) -> None:
+        since = self.writing_since
+        stalled = since is not None and time.monotonic() - since >= self._limit.seconds
+        if stalled and getattr(self._responses, "pending_bytes", 0) > self._limit.pending_bytes:
+            self.tripped = True
+            self._timer = None
+            assert self._task is not None
+            self._task.cancel()
+        else:
+            self._arm()
+
+
+def _text_metadata(metadata: Metadata) -> dict[str, str]:
+    """Keep the first value of each text key; the transport has bounded their size."""
+    texts: dict[str, str] = {}
+    for key, value in metadata:
+        if isinstance(value, str):
+            texts.setdefault(key, value)
+    return texts
+
+
+def _parse(method: Method, request: bytes) -> Message:
+    try:
+        return method.request_type.FromString(request)
+    except DecodeError:
+        name = method.request_type.DESCRIPTOR.full_name
+        raise InvalidRequest(
+            Reason.INVALID_PARAMETER,
+            f"the {len(request)} bytes of the request are not a {name}; build it from the published .proto files",
+        ) from None
+
+
+async def _parse_each(method: Method, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    async for request in requests:
+        yield _parse(method, request)

@@ -1,0 +1,91 @@
+"""Builds the server's own meter and tracer providers; nothing global is set, so servers may share a process."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Tracer
+
+from loramux_server.telemetry.metrics import EngineTotals, Metrics
+from loramux_server.telemetry.prometheus import render
+from loramux_server.telemetry.rpc_span import RpcSpan
+
+_SCOPE = "loramux"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """What the rest of the server records with.
+
+    Attributes:
+        metrics: Instruments.
+        tracer: Of the server's provider.
+        engine: Newest engine statistics.
+    """
+
+    metrics: Metrics
+    tracer: Tracer
+    engine: EngineTotals
+    _reader: InMemoryMetricReader
+    _meters: MeterProvider
+    _tracers: TracerProvider
+
+    def prometheus(self) -> str:
+        """Render `/metrics`."""
+        return render(self._reader.get_metrics_data())
+
+    def observe_rpc(self, method: str, metadata: Mapping[str, str]) -> RpcSpan:
+        """Begin the telemetry of a call."""
+        return RpcSpan(self.metrics, self.tracer, method, metadata)
+
+    def close(self) -> None:
+        """Flush exporters and stop their threads."""
+        self._tracers.shutdown()
+        self._meters.shutdown()
+
+
+def build_telemetry(
+    *,
+    queued: Callable[[], int],
+    replica_id: str,
+    version: str,
+    otlp_endpoint: str | None = None,
+    span_processor: SpanProcessor | None = None,
+) -> Telemetry:
+    """Create providers and instruments.
+
+    Args:
+        queued: Reads how many requests the front end holds before their start.
+        replica_id: Resource attribute `service.instance.id`.
+        version: Resource attribute `service.version`.
+        otlp_endpoint: OTLP/gRPC collector, `http://host:4317` for plaintext or `https://...`; None exports nothing.
+        span_processor: An extra receiver of spans (tests).
+    """
+    resource = Resource.create(
+        {"service.name": "loramux", "service.instance.id": replica_id, "service.version": version}
+    )
+    reader = InMemoryMetricReader()
+    readers: list[MetricReader] = [reader]
+    tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
+    if span_processor is not None:
+        tracers.add_span_processor(span_processor)
+    if otlp_endpoint is not None:
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=otlp_endpoint)))
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(endpoint=otlp_endpoint)))
+    meters = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
+    engine = EngineTotals()
+    return Telemetry(
+        metrics=Metrics(meters.get_meter(_SCOPE, version), engine=engine, queued=queued),
+        tracer=tracers.get_tracer(_SCOPE, version),
+        engine=engine,
+        _reader=reader,
+        _meters=meters,
+        _tracers=tracers,
+    )

@@ -1,0 +1,152 @@
+"""The base's tokenizer, over `tokenizers` alone (no transformers, no torch)."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+
+class TokenizerError(ValueError):
+    """The checkpoint's tokenizer files cannot be used; the text names the file and the way out."""
+
+
+class Tokenizer:
+    """Text to ids and back, equal to the checkpoint's tokenizer in transformers.
+
+    Encoding releases the GIL, but takes time linear in the text: the caller bounds the bytes first and calls from a
+    thread for long texts.
+
+    Args:
+        backend: The tokenizer; truncation and padding that it carries are turned off.
+        vocab_size: Rows of the model's logits; 0 = as many as the tokenizer has tokens.
+        eos_token_ids: Ids that end a generation.
+        bos_token_id: Id of the begin-of-sequence token, if there is one.
+        digest: SHA-256 of `tokenizer.json`, hex.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        vocab_size: int = 0,
+        eos_token_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+        digest: str = "",
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.vocab_size = vocab_size or backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
+        self.bos_token_id = bos_token_id
+        self.digest = digest
+
+    @classmethod
+    def from_directory(cls, directory: Path | str) -> "Tokenizer":
+        """Read `tokenizer.json`, `tokenizer_config.json`, `config.json` and `generation_config.json`.
+
+        Raises:
+            TokenizerError: A file is missing or cannot be parsed.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                "the base has no tokenizer.json; convert its tokenizer with transformers' AutoTokenizer.save_pretrained"
+            )
+        data = path.read_bytes()
+        try:
+            backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for every parse error
+            raise TokenizerError("tokenizer.json cannot be parsed; save it again with a current version") from error
+        settings = {**_json(directory / "special_tokens_map.json"), **_json(directory / "tokenizer_config.json")}
+        config = _json(directory / "config.json")
+        text = config.get("text_config")
+        model = text if isinstance(text, dict) else config
+        generation = _json(directory / "generation_config.json")
+        bos, eos = _token_id(backend, settings.get("bos_token")), _token_id(backend, settings.get("eos_token"))
+        ends = (
+            _ids(generation.get("eos_token_id")) or _ids(model.get("eos_token_id")) or _ids(config.get("eos_token_id"))
+        )
+        size = model.get("vocab_size", 0)
+        return cls(
+            backend,
+            vocab_size=size if isinstance(size, int) else 0,
+            eos_token_ids=ends if eos is None else [*ends, eos],
+            bos_token_id=bos,
+            digest=hashlib.sha256(data).hexdigest(),
+        )
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens: left out of text unless asked for."""
+        return frozenset(key for key, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def decoder_config(self) -> dict[str, Any] | None:
+        """The decoder as in `tokenizer.json`; None if there is none."""
+        decoder = self._backend.decoder
+        if decoder is None:
+            return None
+        config: dict[str, Any] = json.loads(decoder.__getstate__())
+        return config
+
+    @functools.cached_property
+    def pieces(self) -> dict[int, bytes | str | int]:
+        """Cache of the detokenizer: what an id decodes to."""
+        return {}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: The text; special tokens written in it become their ids.
+            add_special_tokens: Put around the text what the post-processor of `tokenizer.json` says; False for
+                rendered chats, whose template writes them. `add_bos_token` in `tokenizer_config.json` counts for
+                nothing beside that file, as in transformers.
+        """
+        return self.encode_many([text], add_special_tokens)[0]
+
+    def encode_many(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of each text, computed in parallel where the library may."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; ids that the tokenizer does not know are left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it; None if there is none."""
+        return self._backend.id_to_token(token_id)
+
+
+def _content(token: Any) -> str | None:
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _token_id(backend: tokenizers.Tokenizer, token: Any) -> int | None:
+    content = _content(token)
+    return None if content is None else backend.token_to_id(content)
+
+
+def _ids(value: Any) -> list[int]:
+    listed = value if isinstance(value, list) else [value]
+    return [item for item in listed if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path.name} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path.name} must hold an object")
+    return value

@@ -1,0 +1,126 @@
+"""Heavy random load from seeds: tiny pools, many tenants and adapters, so that preemption and eviction happen all the time."""
+
+import random
+
+import pytest
+
+from loramux_server.engine.messages import Abort, DropVersion, Preload, Unload
+from tests.support.engine_driver import Driver, make_driver
+
+VERSIONS = [f"v{index}" for index in range(8)]
+STEMS = [[], list(range(1, 11)), [*range(1, 7), *range(20, 30)]]
+
+
+def build(rng: random.Random) -> Driver:
+    driver = make_driver(
+        pages=rng.randint(12, 20),
+        page_size=rng.choice([2, 4]),
+        rank_units=6,
+        max_slots=rng.randint(2, 5),
+        units={f"/{name}": rng.randint(1, 4) for name in VERSIONS},
+        delay=rng.randint(0, 4),
+        max_running=rng.randint(3, 10),
+        max_batch_tokens=rng.randint(8, 40),
+        prefill_chunk=rng.randint(2, 12),
+        prefix_cache=rng.random() < 0.8,
+    )
+    driver.put(*VERSIONS)
+    driver.alias("a", ("v0", 1.0), ("v1", 2.0))
+    return driver
+
+
+def add(driver: Driver, rng: random.Random, number: int) -> None:
+    pool_tokens = driver.engine.limits.max_model_len
+    prompt = (rng.choice(STEMS) + [rng.randint(0, 3) for _ in range(rng.randint(1, 6))])[: pool_tokens // 2]
+    kind = rng.random()
+    driver.add(
+        f"r{number}",
+        prompt,
+        max_tokens=rng.randint(1, pool_tokens // 2),
+        n=rng.choice([1, 1, 2, 3]),
+        seed=rng.randint(0, 3),
+        alias="a" if kind < 0.3 else None,
+        version=rng.choice(VERSIONS) if kind > 0.5 else None,
+        split_key=rng.choice(["", "user1", "user2"]),
+        fairness_key=rng.choice(["x", "y", "z"]),
+        weight=rng.choice([1.0, 2.0]),
+        priority=rng.randint(0, 2),
+        stop_token_ids=rng.sample(range(64), rng.choice([0, 2])),
+        min_tokens=rng.randint(0, 2),
+        prompt_logprobs=rng.choice([None, None, None, 0]),
+        salt=rng.choice([b"s", b"t"]),
+    )
+
+
+def disturb(driver: Driver, rng: random.Random, number: int) -> int:
+    """One random disturbance; returns how many operations it began."""
+    alive = [name for name, transcript in driver.requests.items() if transcript.done is None]
+    version = rng.choice(VERSIONS)
+    kind = rng.randrange(9)
+    if kind == 0 and alive:
+        driver.engine.handle([Abort(request_id=rng.choice(alive))])
+    elif kind <= 2 and alive:
+        request_id = rng.choice(alive)
+        tokens = driver.requests[request_id].tokens
+        if tokens:
+            index = rng.choice(sorted(tokens))
+            driver.stop(request_id, index, rng.randint(1, len(tokens[index])))
+    elif kind == 3:
+        targets = [(name, rng.choice([1.0, 3.0])) for name in rng.sample(VERSIONS, 2)]
+        driver.alias("a", *targets, revision=number + 2)
+    elif kind == 4:
+        driver.engine.handle([DropVersion(version=version)])
+        if rng.random() < 0.8:
+            driver.put(version)
+    elif kind == 5:
+        driver.engine.handle([rng.choice([Preload, Unload])(operation_id=f"o{number}", version=version)])
+        return 1
+    elif kind == 6:
+        failing = driver.runner.slab.failing
+        if failing.pop(f"/{version}", None) is None and rng.random() < 0.3:
+            failing[f"/{version}"] = OSError("gone")
+    elif kind == 7:
+        driver.runner.token_capacity = rng.choice([None, None, 3, 8])
+    else:
+        driver.clock.now += rng.choice([0.01, 1.0])
+    return 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_load(seed: int) -> None:
+    rng = random.Random(seed)
+    driver = build(rng)
+    operations = 0
+    for number in range(60):
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            add(driver, rng, len(driver.requests))
+        operations += disturb(driver, rng, number)
+        driver.step(rng.randint(1, 6))
+    driver.runner.slab.failing.clear()
+    driver.clock.now += 20.0
+    driver.run()
+    driver.judge()
+    driver.assert_at_rest()
+    assert len(driver.completed) == operations
+    driver.engine.handle([DropVersion(version=name) for name in VERSIONS])
+    driver.run()
+    assert driver.runner.slab.resident == {}
+
+
+def test_the_load_is_heavy() -> None:
+    """The histories above do reach preemption, eviction, forks and prefix hits; otherwise they prove nothing."""
+    totals: dict[str, int] = {}
+    copies = 0
+    for seed in range(10):
+        rng = random.Random(seed)
+        driver = build(rng)
+        for _ in range(60):
+            add(driver, rng, len(driver.requests))
+            driver.step(3)
+        driver.run()
+        stats = driver.engine.stats()
+        for name in ("preemptions", "adapter_evictions", "prefix_hit_tokens", "requests_finished"):
+            totals[name] = totals.get(name, 0) + getattr(stats, name)
+        copies += sum(len(plan.copies) for plan in driver.runner.plans)
+    assert totals["preemptions"] > 50 and totals["adapter_evictions"] > 50
+    assert totals["prefix_hit_tokens"] > 100 and totals["requests_finished"] > 200 and copies > 50
