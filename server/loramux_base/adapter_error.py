@@ -12,19 +12,16 @@ class AdapterFormatError(ValueError):
 
     Attributes:
         reason: Machine-readable cause, one of the API's reasons.
-        field: What it is about: a configuration key, a tensor name or a file name.
+        field: What it is about: a configuration key, a tensor name or a file name; ASCII, at most 200 characters.
         message: One sentence that names the field and the way out; holds no path.
     """
 
     def __init__(self, reason: FormatReason, field: str, message: str) -> None:
         super().__init__(message)
         self.reason: FormatReason = reason
-        self.field = field
+        # It may be the author's text, with characters that no message can carry.
+        self.field = ascii(field)[1:-1][:200]
         self.message = message
-
-    def __reduce__(self) -> tuple[type["AdapterFormatError"], tuple[str, str, str]]:
-        """Pickle by the three arguments (the default would pass the message alone)."""
-        return (type(self), (self.reason, self.field, self.message))
 
 
 def incompatible(field: str, message: str) -> AdapterFormatError:

@@ -16,7 +16,8 @@ from loramux_base.shapes import MODULE_PARENTS
 # Paths written out in full are all there is in most files: they are looked up instead of matched, which gives the
 # same answer, since every word of such a pattern is a whole word of the paths that it is compared with.
 _PLAIN = re.compile(r"(?:(?:model\.)?layers\.[0-9]{1,5}\.)?(?:self_attn\.|mlp\.)?(?:" + "|".join(MODULE_PARENTS) + r")")
-_MAX_WAYS = 1 << 16
+_MAX_WAYS = 1 << 13
+_MAX_REGEXES = 256
 _LONGEST = 64
 _MAX_LENGTH = 512
 
@@ -50,11 +51,11 @@ class Patterns:
                 continue
             cost, regex = _compile(self.field, pattern)
             ways += cost
-            if ways > _MAX_WAYS:
+            if ways > _MAX_WAYS or len(self._regexes) >= _MAX_REGEXES:
                 raise incompatible(
                     self.field,
                     f"{self.field}: the regular expressions up to {shown(pattern)} could backtrack for too long; "
-                    "use fewer repeats and alternatives, or write module paths out in full",
+                    "use fewer of them, with fewer repeats, or write module paths out in full",
                 )
             self._regexes.append((index, regex))
 

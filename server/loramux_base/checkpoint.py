@@ -1,4 +1,4 @@
-"""A model directory on disk: its config and the tensors of its safetensors files. Reads headers without torch.
+"""A model directory on disk: its config and the tensors of its safetensors files. Imports no torch.
 
 Only safetensors are read, never a pickle, and no code from the directory is ever run. Format of a file: 8 bytes
 little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the bytes of all tensors.
@@ -12,10 +12,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 MAX_HEADER_BYTES = 100_000_000
 """Bound of a safetensors header, the same that the safetensors library has."""
@@ -157,7 +154,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """An opened model directory; tensors are read on demand.
+    """An opened model directory: config and headers; `loramux_base.tensors` reads the data.
 
     Attributes:
         directory: Of the checkpoint.
@@ -188,7 +185,6 @@ class Checkpoint:
                 tensors[name] = info
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._check_index()
-        self._handles: dict[Path, Any] = {}
 
     @functools.cached_property
     def _index(self) -> dict[str, str] | None:
@@ -225,19 +221,3 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has the tensor."""
         return name in self.tensors
-
-    def tensor(self, name: str) -> "Tensor":
-        """The tensor on the CPU, in its stored dtype; may share memory with the mapped file.
-
-        Raises:
-            ModelLoadError: No such tensor.
-        """
-        from safetensors import safe_open
-
-        info = self.tensors.get(name)
-        if info is None:
-            raise ModelLoadError(self.directory, f"has no tensor {name}; it is not a whole checkpoint of this model")
-        if info.file not in self._handles:
-            self._handles[info.file] = safe_open(str(info.file), framework="pt", device="cpu")
-        tensor: Tensor = self._handles[info.file].get_tensor(name)
-        return tensor

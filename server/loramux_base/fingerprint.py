@@ -8,28 +8,29 @@ Parts, each a SHA-256 in hex:
 - `quantization`: what the linear weights are stored as.
 - `chat_template`: the template text. A field of its own: it is not part of `Fingerprint.hex`.
 
-Digests of tensors are cached beside the checkpoint by file size, modification time and header, so that a repeated start
-reads no weights; a directory that cannot be written is hashed each time.
+Digests are cached beside the checkpoint by file size, modification time and header, so that a repeated start reads no
+weights; a directory that cannot be written is hashed each time.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loramux_base.checkpoint import Checkpoint, ModelLoadError, TensorInfo, read_header, read_json
+from loramux_base.checkpoint import Checkpoint, ModelLoadError, TensorInfo, read_json
 
 CACHE_NAME = ".loramux-digests.json"
-"""Cache of tensor digests in the checkpoint's directory."""
+"""Cache of digests in the checkpoint's directory."""
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _CHUNK = 1 << 22
 _log = logging.getLogger(__name__)
 
@@ -95,15 +96,16 @@ def base_fingerprint(directory: str | Path, *, quantized_at_load: str | None = N
         ModelLoadError: Unreadable checkpoint.
     """
     checkpoint = Checkpoint(directory)
-    return Fingerprint(
-        parts={
-            "config": _sha(_essentials(checkpoint.config)),
-            "weights": _weights_digest(checkpoint),
-            "tokenizer": _tokenizer_digest(checkpoint.directory),
-            "quantization": _quantization_digest(checkpoint.config, quantized_at_load),
-            "chat_template": _sha(read_chat_template(checkpoint.directory)),
-        }
-    )
+    cache = _DigestCache(checkpoint.directory / CACHE_NAME)
+    parts = {
+        "config": _sha(_essentials(checkpoint.config)),
+        "weights": _weights_digest(checkpoint, cache),
+        "tokenizer": _tokenizer_digest(checkpoint.directory, cache),
+        "quantization": _quantization_digest(checkpoint.config, quantized_at_load),
+        "chat_template": _sha(read_chat_template(checkpoint.directory)),
+    }
+    cache.save()
+    return Fingerprint(parts=parts)
 
 
 def read_chat_template(directory: Path) -> str | list[Any] | None:
@@ -152,11 +154,12 @@ def _quantization_digest(config: Mapping[str, Any], at_load: str | None) -> str:
     return _sha({key: stored.get(key) for key in keys})
 
 
-def _tokenizer_digest(directory: Path) -> str:
+def _tokenizer_digest(directory: Path, cache: "_DigestCache") -> str:
     contents: dict[str, Any] = {}
     fast = directory / "tokenizer.json"
     if fast.is_file():
-        contents["tokenizer.json"] = read_json(fast)
+        # cached too: the JSON of a large vocabulary takes longer to read than everything else of a repeated start
+        contents["tokenizer.json"] = cache.get(fast, _stat_key(fast), lambda: {"json": _sha(read_json(fast))})["json"]
     else:
         for name in ("tokenizer.model", "vocab.json", "merges.txt"):
             if (directory / name).is_file():
@@ -167,42 +170,49 @@ def _tokenizer_digest(directory: Path) -> str:
     return _sha(contents)
 
 
-def _weights_digest(checkpoint: Checkpoint) -> str:
-    digests = _tensor_digests(checkpoint)
-    lines = [[name, info.dtype, list(info.shape), digests[name]] for name, info in sorted(checkpoint.tensors.items())]
-    return _sha(lines)
-
-
-def _tensor_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, from the cache where a file did not change."""
-    cache_file = checkpoint.directory / CACHE_NAME
-    cached = _read_cache(cache_file)
-    keys = {file.name: _file_key(file) for file in checkpoint.files}
-    result: dict[str, str] = {}
-    files: dict[str, dict[str, Any]] = {}
+def _weights_digest(checkpoint: Checkpoint, cache: "_DigestCache") -> str:
+    digests: dict[str, str] = {}
     for file in checkpoint.files:
         tensors = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
-        entry = cached.get(file.name)
-        if not (entry and entry.get("key") == keys[file.name] and set(entry.get("tensors", ())) == set(tensors)):
-            entry = {"key": keys[file.name], "tensors": _hash_all(tensors)}
-        files[file.name] = entry
-        result.update(entry["tensors"])
-    if files != cached:
-        _write_cache(cache_file, files)
-    return result
+        digests.update(cache.get(file, _weights_key(file, tensors), functools.partial(_hash_all, tensors)))
+    return _sha(
+        [[name, info.dtype, list(info.shape), digests[name]] for name, info in sorted(checkpoint.tensors.items())]
+    )
 
 
-def _file_key(file: Path) -> str:
-    """Changes whenever the file is rewritten: size, modification time and the header."""
+def _stat_key(file: Path) -> str:
+    """Changes whenever the file is rewritten: size and modification time."""
     status = file.stat()
-    header = [
-        [info.name, info.dtype, list(info.shape), info.offset] for info in sorted(read_header(file).values(), key=_name)
-    ]
-    return _sha([status.st_size, status.st_mtime_ns, header])
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _name(info: TensorInfo) -> str:
-    return info.name
+def _weights_key(file: Path, tensors: Mapping[str, TensorInfo]) -> str:
+    """As `_stat_key`, and the header."""
+    header = [[info.name, info.dtype, list(info.shape), info.offset] for _, info in sorted(tensors.items())]
+    return _sha([_stat_key(file), header])
+
+
+class _DigestCache:
+    """Digests by file name, each valid for one key; kept in a file of the checkpoint's directory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._stored = _read_cache(file)
+        self._used: dict[str, dict[str, Any]] = {}
+
+    def get(self, file: Path, key: str, compute: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Digests of the file from the cache if its key is the same, else computed."""
+        entry = self._stored.get(file.name)
+        if not (isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("digests"), dict)):
+            entry = {"key": key, "digests": compute()}
+        self._used[file.name] = entry
+        digests: dict[str, str] = entry["digests"]
+        return digests
+
+    def save(self) -> None:
+        """Write what was used, if it is not what is stored."""
+        if self._used != self._stored:
+            _write_cache(self._file, self._used)
 
 
 def _hash_all(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

@@ -63,7 +63,7 @@ class AdapterManifest:
         if self.base_fingerprint == fingerprint:
             return
         names = sorted(name for name in {*self.base_parts, *parts} if self.base_parts.get(name) != parts.get(name))
-        which = f" ({', '.join(shown(name)[1:-1] for name in names[:8])} differs)" if names and self.base_parts else ""
+        which = f" ({', '.join(shown(name)[1:-1] for name in names[:8])} differ)" if names and self.base_parts else ""
         raise incompatible(
             "base_fingerprint",
             f"the adapter was trained on base {self.base_fingerprint[:16]}, this server serves {fingerprint[:16]}"

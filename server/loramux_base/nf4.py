@@ -3,7 +3,8 @@
 A weight `[N, K]` is cut along K into blocks of 64 (K must be a multiple of 64, so that no block crosses a row and rows
 of several weights may be concatenated). A block stores one float32 absolute maximum and 64 codes of 4 bits: the index
 of the level nearest to value / maximum; the even element sits in the high half of its byte. Value = level * maximum in
-float32, then rounded to the compute dtype. The bytes equal those of bitsandbytes' CPU `quantize_4bit` bit for bit.
+float32, rounded once to the compute dtype, as bitsandbytes' product does. The bytes equal those of bitsandbytes' CPU
+`quantize_4bit` bit for bit.
 
 NF4 levels: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, appendix E.
 """

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from loramux_base.checkpoint import Checkpoint, ModelLoadError, read_header
+from loramux_base.tensors import TensorReader
 
 
 @pytest.fixture
@@ -33,17 +34,17 @@ def shard(directory: Path) -> Path:
 def test_reads_one_file(directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     assert checkpoint.tensors["a"].shape == (2, 3) and checkpoint.tensors["b"].dtype == "BF16"
-    assert torch.equal(checkpoint.tensor("a"), torch.arange(6.0).view(2, 3))
+    assert torch.equal(TensorReader(checkpoint)("a"), torch.arange(6.0).view(2, 3))
     assert "a" in checkpoint and "c" not in checkpoint
     with pytest.raises(ModelLoadError, match="no tensor c"):
-        checkpoint.tensor("c")
+        TensorReader(checkpoint)("c")
 
 
 def test_reads_shards(directory: Path) -> None:
     shard(directory)
     checkpoint = Checkpoint(directory)
     assert {info.file.name for info in checkpoint.tensors.values()} == {"one.safetensors", "two.safetensors"}
-    assert torch.equal(checkpoint.tensor("b"), torch.ones(4, dtype=torch.bfloat16))
+    assert torch.equal(TensorReader(checkpoint)("b"), torch.ones(4, dtype=torch.bfloat16))
 
 
 def refused(directory: Path) -> str:

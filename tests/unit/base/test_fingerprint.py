@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,7 +133,16 @@ def test_repeated_start_reads_no_weights(base: Path, monkeypatch: pytest.MonkeyP
         base_fingerprint(base)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 1, "files": 3}', '{"version": 0, "files": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"version": 2, "files": {"model.safetensors": 3}}',
+        '{"version": 2, "files": 3}',
+        '{"version": 0, "files": {}}',
+    ],
+)
 def test_damaged_cache_is_ignored(base: Path, content: str) -> None:
     before = base_fingerprint(base)
     (base / CACHE_NAME).write_text(content)
@@ -154,3 +165,19 @@ def test_differences_names_missing_parts() -> None:
     ours = Fingerprint(parts={"config": "1", "weights": "2"})
     assert ours.differences({"config": "1"}) == ("weights",)
     assert ours.differences({"config": "1", "weights": "2", "more": "3"}) == ()
+
+
+def test_neither_torch_nor_transformers_is_imported(base: Path) -> None:
+    code = (
+        "import sys; from loramux_base.fingerprint import base_fingerprint; print(base_fingerprint(sys.argv[1]).hex); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert done.stdout.strip() == base_fingerprint(base).hex

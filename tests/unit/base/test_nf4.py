@@ -48,6 +48,15 @@ def test_values_equal_bitsandbytes(dtype: torch.dtype) -> None:
     assert torch.equal(nf4.dequantize(nf4.quantize(source), dtype), bnb.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_those_of_bitsandbytes_product(dtype: torch.dtype) -> None:
+    codes, state = bnb.quantize_4bit(weight(33, 320, dtype), blocksize=64, quant_type="nf4")
+    ours = nf4.dequantize(nf4.quantize(weight(33, 320, dtype)), torch.float32)
+    # What its product multiplies: the compute dtype is asked of the operator, whatever the source was.
+    theirs = torch.ops.bitsandbytes.dequantize_4bit(codes, state.absmax, 64, "nf4", [33, 320], torch.float32)
+    assert torch.equal(ours, theirs)
+
+
 def test_dequantize_writes_into_a_buffer() -> None:
     quantized = nf4.quantize(weight(8, 128))
     buffer = torch.full((8, 128), torch.nan, dtype=torch.bfloat16)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loramux_base.template import ChatTemplate, TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from loramux_base.template import ChatTemplate, TemplateError
 from tests.support.tiny_tokenizers import byte_level, write_tokenizer
 
 QWEN = """\
@@ -45,7 +45,7 @@ QWEN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 {{- '' if ns.last < 0 else '<!-- ' ~ ns.last ~ ' -->' }}
-"""
+"""  # noqa: E501 - Jinja is as wide as its authors write it
 LLAMA = """\
 {{- bos_token }}
 {%- if not date_string is defined %}
@@ -70,7 +70,7 @@ LLAMA = """\
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
-"""
+"""  # noqa: E501 - Jinja is as wide as its authors write it
 GEMMA = """\
 {{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
@@ -91,7 +91,7 @@ GEMMA = """\
 {% if add_generation_prompt %}
     {{'<start_of_turn>model\n'}}
 {% endif %}
-"""
+"""  # noqa: E501 - Jinja is as wide as its authors write it
 TRAINING = """\
 {% for message in messages %}
     {% if message.role == "skip" %}{% continue %}{% endif %}
@@ -103,7 +103,7 @@ TRAINING = """\
     {% endif %}
     {% if loop.index > 5 %}{% break %}{% endif %}
 {% endfor %}
-"""
+"""  # noqa: E501 - Jinja is as wide as its authors write it
 TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "training": TRAINING}
 TOOLS = [
     {
@@ -129,7 +129,9 @@ CHATS: dict[str, list[dict[str, Any]]] = {
         {
             "role": "assistant",
             "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "北京", "n": 1}}}],
+            "tool_calls": [
+                {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京", "n": 1}}}
+            ],
         },
         {"role": "tool", "content": "sunny"},
     ],
@@ -209,7 +211,9 @@ def test_named_templates(tmp_path: Path) -> None:
 
 
 def test_special_tokens(tmp_path: Path) -> None:
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<old>", "eos_token": {"content": "</s>"}}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<old>", "eos_token": {"content": "</s>"}})
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}|{{ eos_token }}|{{ pad_token is defined }}")
     assert ChatTemplate.from_directory(tmp_path).render(CHATS["one"]) == "<s>|</s>|False"
