@@ -1,4 +1,4 @@
-"""CUDA graphs: captured once, replayed with other lengths, tables, adapter mixes and slab contents in the same tensors."""
+"""CUDA graphs: captured once, replayed with other lengths, tables, adapter mixes and slabs in the same tensors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def capture(work: Callable[[], torch.Tensor | None]) -> tuple[torch.cuda.CUDAGra
 
 
 def refill(target: object, source: object) -> None:
-    """Copy the tensors of one batch or group into another's, zero-padding what is shorter (segments: -1, last start)."""
+    """Copy the tensors of one batch or group into another's of the same shapes."""
     for field in dataclasses.fields(target):  # type: ignore[arg-type]
         old, new = getattr(target, field.name), getattr(source, field.name)
         if isinstance(old, torch.Tensor):
@@ -111,37 +111,44 @@ def replay_attention(
     cases: tuple[tuple[tuple[int, int], ...], ...], bound: int, tokens: int, dtype: torch.dtype, invariant: bool
 ) -> None:
     """Capture with the first lengths and host bounds, replay with each of the others."""
-    tokens = max(tokens, max(sum(n for n, _ in sequences) for sequences in cases))
-    longest = max(max(n for n, _ in sequences) for sequences in cases)
-    pages, head_dim, size = 400, 64, 16
-    q = torch.zeros((tokens, 14, head_dim), dtype=dtype, device="cuda")
-    kv = torch.zeros((pages, 2, size, 2, head_dim), dtype=dtype, device="cuda")
-    batch: object = None
-    graph, out = None, None
+    tokens = max(tokens, *(sum(n for n, _ in sequences) for sequences in cases))
+    longest = max(n for sequences in cases for n, _ in sequences)
+    head_dim, size = 64, 16
+    inputs = []
     for i, sequences in enumerate(cases):
-        count = sum(n for n, _ in sequences)
+        spare = tokens - sum(n for n, _ in sequences)
         case = AttentionCase(
-            name=f"replay {i}", sequences=sequences, heads=(14, 2), head_dim=head_dim, extra_tokens=tokens - count
+            name=f"replay {i}", sequences=sequences, heads=(14, 2), head_dim=head_dim, extra_tokens=spare
         )
-        new_q, new_kv, new_batch = attention_inputs(case, dtype, "cuda", seed=i)
-        kv.fill_(torch.nan)
-        kv[: len(new_kv)] = new_kv
-        q.copy_(new_q)
+        q, kv, batch = attention_inputs(case, dtype, "cuda", seed=i)
         table = torch.zeros((len(sequences), bound // size + 2), dtype=torch.int32, device="cuda")
-        table[:, : new_batch.page_tables.shape[1]] = new_batch.page_tables
-        new_batch = dataclasses.replace(new_batch, page_tables=table, max_kv_length=bound, max_query_length=longest)
-        if graph is None:
-            batch = new_batch
-            graph, out = capture(
-                lambda: paged_attention(
-                    q, kv, batch, scale=head_dim**-0.5, window=None, softcap=None, batch_invariant=invariant
-                )
-            )
-        else:
-            refill(batch, new_batch)
+        table[:, : batch.page_tables.shape[1]] = batch.page_tables
+        batch = dataclasses.replace(batch, page_tables=table, max_kv_length=bound, max_query_length=longest)
+        inputs.append((case, q, kv, batch))
+    static_q = torch.zeros_like(inputs[0][1])
+    static_kv = torch.zeros((400, *inputs[0][2].shape[1:]), dtype=dtype, device="cuda")
+    static = dataclasses.replace(
+        inputs[0][3],
+        **{
+            field.name: getattr(inputs[0][3], field.name).clone()
+            for field in dataclasses.fields(inputs[0][3])
+            if isinstance(getattr(inputs[0][3], field.name), torch.Tensor)
+        },
+    )
+    graph, out = capture(
+        lambda: paged_attention(
+            static_q, static_kv, static, scale=head_dim**-0.5, window=None, softcap=None, batch_invariant=invariant
+        )
+    )
+    for case, q, kv, batch in inputs:
+        static_q.copy_(q)
+        static_kv.fill_(torch.nan)
+        static_kv[: len(kv)] = kv
+        refill(static, batch)
         graph.replay()
         torch.cuda.synchronize()
-        assert_close(out, naive_attention(new_q, new_kv, new_batch, case), dtype, case.name, slack=4.0)
+        assert out is not None
+        assert_close(out, naive_attention(q, kv, batch, case), dtype, case.name, slack=4.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -27,11 +27,8 @@ def _glu(
     inside = column < WIDTH
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    if SILU:
-        inner = gate
-    else:
-        # 0.5 * (1 + tanh(u)) = sigmoid(2u)
-        inner = 2.0 * SCALE * (gate + CUBE * gate * gate * gate)
+    # 0.5 * (1 + tanh(u)) = sigmoid(2u)
+    inner = gate if SILU else 2.0 * SCALE * (gate + CUBE * gate * gate * gate)
     activated = (gate / (1.0 + tl.exp(-inner))).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * WIDTH + column, (activated * up).to(out.dtype.element_ty), mask=inside)
 

@@ -226,7 +226,7 @@ def paged_attention_triton(
         split = max(_SPLIT, triton.next_power_of_2(triton.cdiv(batch.max_kv_length, _MAX_SPLITS)))
         splits = triton.next_power_of_2(triton.cdiv(batch.max_kv_length, split))
     else:
-        rows = max(rows, 32 if wide or head_block > 128 else 64)
+        rows = max(rows, 16 if wide else 32 if head_block > 128 else 64)
     tile = 1 if one_token else rows // ratio_block
     tiles = sequences if one_token else min(tokens, triton.cdiv(tokens, tile) + sequences)
     # Tiles cover the sequences' tokens only; rows past them are zeroed here or by `_combine`.
@@ -260,7 +260,7 @@ def paged_attention_triton(
         PAGE=page_size,
         TOKENS=tile,
         ROWS=rows,
-        BLOCK=32 if wide or head_block > 128 else 64,
+        BLOCK=16 if wide else 32 if head_block > 128 else 64,
         SPLITS=splits,
         SPLIT=split,
         HAS_WINDOW=window is not None,

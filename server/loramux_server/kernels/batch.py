@@ -35,7 +35,7 @@ class ForwardBatch:
     Attributes:
         token_ids: `[T]` int64.
         positions: `[T]` int64, position of each token in its sequence.
-        kv_slots: `[T]` int64, `page * page_size + offset` where the token's keys and values are written; padding -> page 0.
+        kv_slots: `[T]` int64, `page * page_size + offset` where the token's keys and values go; padding: in page 0.
         query_starts: `[S + 1]` int32, tokens of sequence s are `[starts[s], starts[s + 1])`.
         kv_lengths: `[S]` int32, KV length of each sequence after this step's write.
         page_tables: `[S, P]` int32, padded with 0.

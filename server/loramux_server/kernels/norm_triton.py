@@ -34,7 +34,7 @@ def _rms_norm(
         value = rounded.to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if WIDE_WEIGHT:
+    if WIDE_WEIGHT:  # noqa: SIM108 - one line would hide the two cast orders
         normed = normed * (scale + offset)
     else:
         normed = normed.to(out.dtype.element_ty).to(tl.float32) * scale
