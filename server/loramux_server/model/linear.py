@@ -6,7 +6,8 @@ M rows of x, K input width, N output width. Backends:
 - `bitsandbytes`: bitsandbytes' fused product of the NF4 bytes (CUDA).
 - `dequantize`: the NF4 bytes expanded to the compute dtype in every call, then a dense product.
 
-All compute the same function of the same weights; `dense` on a shadow and `dequantize` give equal bits.
+All compute the same function of the same weights: `dense` on a shadow and `dequantize` give equal bits; `bitsandbytes`
+sums in another order.
 
 Batch invariance. On the CPU, a row's result depends on the row count: measured with MKL on AVX-512, one row takes the
 matrix-vector product, and rows are dealt to threads in pieces whose last 1 to 3 rows take another kernel. Padded to a
@@ -94,6 +95,21 @@ class TuningTable:
         return "dequantize"
 
 
+def dequantize(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
+    """The dense weight: by bitsandbytes' kernel on CUDA where it can be imported, else in torch; equal bits.
+
+    Args:
+        weight: Quantized weight.
+        dtype: Of the result.
+    """
+    if not weight.codes.is_cuda or not bitsandbytes_available():
+        return nf4.dequantize(weight, dtype)
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        weight.codes.view(-1, 1), weight.absmax.view(-1), nf4.BLOCK_SIZE, "nf4", list(weight.shape), dtype
+    )
+    return dense
+
+
 class Linear:
     """A (fused) linear layer on one device.
 
@@ -134,7 +150,7 @@ class Linear:
         if isinstance(weight, Tensor):
             self._dense = weight.to(device=device, dtype=dtype).contiguous()
         elif shadow:
-            self._dense = nf4.dequantize(weight.to(device), dtype)
+            self._dense = dequantize(weight.to(device), dtype)
         else:
             self._nf4 = weight.to(device)
         self._device = device
@@ -162,7 +178,7 @@ class Linear:
         if self._dense is not None:
             return self._dense
         assert self._nf4 is not None
-        return nf4.dequantize(self._nf4, self.dtype)
+        return dequantize(self._nf4, self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product.

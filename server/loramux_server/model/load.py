@@ -80,8 +80,11 @@ def load_model(
         progress=progress,
     )
     model.fingerprint = base_fingerprint(directory, quantized_at_load="nf4" if source.quantized_at_load else None)
+    product = model.layers[0].weights.gate_up
     model.details.update(
         weights=weights,
+        decode_product=product.backend(1),
+        prefill_product=product.backend(512),
         quantized_at_load=source.quantized_at_load,
         shadow=shadow and weights == "nf4",
         batch_invariant=batch_invariant,

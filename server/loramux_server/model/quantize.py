@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loramux_base import nf4
 from loramux_base.checkpoint import ITEM_BYTES, Checkpoint, ModelLoadError
 from loramux_base.fingerprint import CACHE_NAME
 from loramux_base.nf4 import Nf4Error
+from loramux_base.tensors import TensorReader
 from loramux_server.model.names import linear_weights
 from loramux_server.model.spec import ModelSpec
 
@@ -158,6 +159,7 @@ def _write_weights(
     checkpoint: Checkpoint, linears: frozenset[str], directory: Path, progress: Progress | None, limit: int
 ) -> None:
     shards = _plan_shards(checkpoint, linears, limit)
+    read = TensorReader(checkpoint)
     total, done = len(checkpoint.tensors), 0
     weight_map: dict[str, str] = {}
     size = 0
@@ -165,7 +167,7 @@ def _write_weights(
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors.update(_convert(checkpoint, linears, name))
+            tensors.update(_convert(read, linears, name))
             done += 1
             if progress is not None:
                 progress(done, total, name)
@@ -176,8 +178,8 @@ def _write_weights(
         _write_index(directory, weight_map, size)
 
 
-def _convert(checkpoint: Checkpoint, linears: Sequence[str] | frozenset[str], name: str) -> dict[str, Tensor]:
-    tensor = checkpoint.tensor(name)
+def _convert(read: TensorReader, linears: frozenset[str], name: str) -> dict[str, Tensor]:
+    tensor = read(name)
     if name not in linears:
         return {name: tensor}
     try:

@@ -180,10 +180,14 @@ class LoraSlab:
                 torch.cuda.current_stream(self.device).wait_event(self._cleared)
             self._forget(slot)
         # Not under the lock: the copies take long, and nobody else may touch these rows or this table entry now.
+        span = slice(first_row, first_row + rows)
         for name, group in self._groups.items():
             a, b, ranks, scales = staged[name]
-            group.a[:, :, first_row : first_row + rows].copy_(a)
-            group.b[:, first_row : first_row + rows].copy_(b)
+            # Contiguous pieces: a copy of the whole strided view would need as much device memory again.
+            for layer in range(self.base.num_layers):
+                group.b[layer, span].copy_(b[layer])
+                for index in range(len(group.modules)):
+                    group.a[layer, index, span].copy_(a[layer, index])
             group.ranks[:, slot].copy_(ranks)
             group.scales[:, slot].copy_(scales)
         self._first_rows[slot] = first_row

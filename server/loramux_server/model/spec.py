@@ -44,6 +44,7 @@ _HARMLESS = frozenset(
         "cache_implementation",
         "head_dim",
         "hidden_act",
+        "is_llama_config",
         "model_type",
         "original_max_position_embeddings",
         "partial_rotary_factor",

@@ -9,6 +9,7 @@ from torch import Tensor
 from loramux_base import nf4
 from loramux_base.checkpoint import Checkpoint, ModelLoadError
 from loramux_base.nf4 import Nf4Error, Nf4Weight
+from loramux_base.tensors import TensorReader
 
 WEIGHTS_MODES = ("nf4", "bf16", "fp32")
 """`nf4` bytes, bfloat16, float32."""
@@ -72,6 +73,7 @@ class CheckpointSource:
         if weights not in WEIGHTS_MODES:
             raise ModelLoadError(checkpoint.directory, f"weights: {weights!r} is none of {', '.join(WEIGHTS_MODES)}")
         self._checkpoint = checkpoint
+        self._read = TensorReader(checkpoint)
         self._weights = weights
         self.quantized = _is_nf4(checkpoint)
         self._nested = bool((checkpoint.config.get("quantization_config") or {}).get("bnb_4bit_use_double_quant"))
@@ -89,7 +91,7 @@ class CheckpointSource:
 
     def tensor(self, name: str) -> Tensor:
         """As the protocol; rounded to bfloat16 first in mode bf16."""
-        tensor = self._checkpoint.tensor(name)
+        tensor = self._read(name)
         if not tensor.is_floating_point():
             raise ModelLoadError(self._checkpoint.directory, f"tensor {name} is {tensor.dtype}, not floating point")
         return tensor.to(torch.bfloat16) if self._weights == "bf16" else tensor
@@ -98,7 +100,7 @@ class CheckpointSource:
         """As the protocol."""
         try:
             if self.quantized and name + nf4.SUFFIX_STATE in self._checkpoint:
-                return nf4.from_tensors(name, self._checkpoint.tensor, nested=self._nested)
+                return nf4.from_tensors(name, self._read, nested=self._nested)
             return nf4.quantize(self.tensor(name)) if self.quantized_at_load else self.tensor(name)
         except Nf4Error as error:
             raise ModelLoadError(self._checkpoint.directory, f"{name}: {error}") from error

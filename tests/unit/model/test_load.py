@@ -80,6 +80,7 @@ def test_shadow_costs_bytes_and_changes_no_bit(base: Path) -> None:
     codes = load_model(base, weights="nf4", device="cpu", shadow=False)
     assert torch.equal(logits(shadow), logits(codes))
     assert shadow.details["shadow"] and not codes.details["shadow"]
+    assert (shadow.details["decode_product"], codes.details["decode_product"]) == ("dense", "dequantize")
     assert codes.linear_weight_bytes < 0.2 * shadow.linear_weight_bytes
 
 

@@ -20,6 +20,7 @@ from loramux_server.model.weights import CheckpointSource
 from tests.support.tiny_models import ALL_LINEAR, FAMILIES, make_adapter, make_checkpoint
 
 TOLERANCE = 1e-5
+FLAGS_TOLERANCE = 2e-5  # transformers itself is up to 2.2e-5 off its own float64 logits with the widest of these
 CPU = torch.device("cpu")
 # the longest tiny window is 24, so both sequences leave it
 SEQUENCES = [
@@ -128,7 +129,7 @@ def test_flags(family: str, overrides: dict[str, object], tmp_path: Path) -> Non
     directory = make_checkpoint(tmp_path / "base", family, **overrides)  # type: ignore[arg-type]
     model = load_model(directory, weights="fp32", device="cpu")
     wanted = expected(transformers_model(directory))
-    assert worst(run_steps(fused(model), cache_for(model)), wanted) <= TOLERANCE
+    assert worst(run_steps(fused(model), cache_for(model)), wanted) <= FLAGS_TOLERANCE
 
 
 def test_older_config_layout(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

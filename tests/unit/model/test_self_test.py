@@ -59,4 +59,4 @@ def test_small_config_keeps_what_kernels_depend_on() -> None:
     small = ModelSpec.from_config(shrink_config(ModelSpec.from_config(fields)))
     assert small.head_dim == 256 and small.num_heads // small.num_kv_heads == 4
     assert [layer.window for layer in small.layers] == [16, None]
-    assert small.hidden_size == 128 and small.num_layers == 2
+    assert small.hidden_size == 256 and small.num_layers == 2
