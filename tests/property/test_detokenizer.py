@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loramux_server.text.detokenizer import IncrementalDetokenizer, _byte_alphabet
 from loramux_server.text.tokenizer import Tokenizer
-
 from tests.support.tiny_tokenizers import byte_level, pieces, word_piece
 
 TOKENIZERS = {

@@ -1,4 +1,4 @@
-"""Random histories of commands and steps: every request ends once, with the tokens it gives alone, and nothing leaks."""
+"""Random histories of commands and steps: every request ends once, with the tokens it gives alone; nothing leaks."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -196,8 +196,8 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=120,
-    stateful_step_count=40,
+    max_examples=80,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

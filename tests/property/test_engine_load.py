@@ -1,4 +1,4 @@
-"""Heavy random load from seeds: tiny pools, many tenants and adapters, so that preemption and eviction happen all the time."""
+"""Heavy random load from seeds: tiny pools and many adapters, so that preemption and eviction happen all the time."""
 
 import random
 

@@ -2,6 +2,7 @@ import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loramux_server.text.stop import StopMatch, StopMatcher
 
 

@@ -55,12 +55,12 @@ def version(name: str) -> VersionSpec:
 class Driver:
     """One engine, its clock and everything it has said."""
 
-    def __init__(self, *, runner: FakeRunner | None = None, **config: object) -> None:
+    def __init__(self, *, runner: FakeRunner | None = None, vocab_size: int | None = None, **config: object) -> None:
         self.runner = runner if runner is not None else FakeRunner()
         self.clock = Clock()
         settings = {"model": "fake", "page_size": self.runner.page_size, "poison": True, **config}
         self.config = EngineConfig(**settings)  # type: ignore[arg-type]
-        self.engine = Engine(self.config, self.runner, clock=self.clock, fingerprint="base")
+        self.engine = Engine(self.config, self.runner, clock=self.clock, fingerprint="base", vocab_size=vocab_size)
         self.events: list[Event] = []
         self.requests: dict[str, Transcript] = {}
         self.completed: dict[str, Completed] = {}

@@ -1,6 +1,9 @@
 """The real engine process with the fake runner: `python -m tests.support.fake_engine --fd N --config JSON`."""
 
-from loramux_server.engine.__main__ import main
+import logging
+import time
+
+from loramux_server.engine.__main__ import end_process, main
 from loramux_server.engine.config import EngineConfig
 from tests.support.fake_runner import FakeRunner, build_fake_runner
 
@@ -12,8 +15,11 @@ class CheckpointMissing(Exception):
 def build(config: EngineConfig) -> FakeRunner:
     if config.model == "missing":
         raise CheckpointMissing("config.json is missing")
+    if config.model == "slow":
+        logging.getLogger("fake").warning("building")
+        time.sleep(60)
     return build_fake_runner(config)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(build=build))
+    end_process(main(build=build))

@@ -172,7 +172,7 @@ LORA_CASES = (
         name="uneven widths", ranks=((6, 9), (11, 2)), token_slots=(1,) * 40 + (0,) * 37, width=50, slices=(37, 70)
     ),
     LoraCase(
-        name="long segments", ranks=((8, 8), (16, 12)), token_slots=(0,) * 150 + (1,) * 90 + (-1,) * 7, slices=(24, 40)
+        name="long segments", ranks=((8, 8), (16, 12)), token_slots=(0,) * 50 + (1,) * 40 + (-1,), slices=(24, 40)
     ),
 )
 

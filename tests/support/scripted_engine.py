@@ -200,9 +200,7 @@ class ScriptedEngine:
 
     def _tokens(self, add: wire.Add, index: int, first: int, ids: list[int], script: Script) -> wire.Tokens:
         logprobs = [] if add.sampling.logprobs is None else [_logprob(script.top) for _ in ids]
-        return wire.Tokens(
-            request_id=add.request_id, index=index, first=first, token_ids=list(ids), logprobs=logprobs
-        )
+        return wire.Tokens(request_id=add.request_id, index=index, first=first, token_ids=list(ids), logprobs=logprobs)
 
 
 class ScriptedEngines:
@@ -231,6 +229,7 @@ class ScriptedEngines:
             page_size=16,
             rank_units=64,
             max_rank=64,
+            details={"fingerprint.config": "c" * 64, "fingerprint.weights": "d" * 64},
         )
         self.startup_error: str | None = None
         self.start_gate: asyncio.Event | None = None
@@ -263,7 +262,7 @@ class ScriptedEngines:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait, on the loop's own events, until something holds."""
         async with asyncio.timeout(10):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - a condition of many parts has no event
                 await asyncio.sleep(0.002)
 
     async def assert_at_rest(self) -> None:

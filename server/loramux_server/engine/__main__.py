@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 
@@ -72,7 +72,7 @@ def _build(config: EngineConfig) -> ReadyRunner:
 
 
 class _Termination:
-    """SIGTERM as a flag and a readable descriptor; SIGINT is the front end's business."""
+    """SIGTERM as a flag and a readable descriptor. Before it exists, during start, SIGTERM ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -80,7 +80,6 @@ class _Termination:
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def fileno(self) -> int:
         return self._reader.fileno()
@@ -104,7 +103,8 @@ def main(arguments: Sequence[str] | None = None, *, build: Callable[[EngineConfi
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     options = parser.parse_args(arguments)
     log_json_to_stderr()
-    termination = _Termination()
+    # Ctrl-C reaches the whole process group; draining is the front end's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         config = msgspec.json.decode(options.config, type=EngineConfig)
         set_thread_environment(config)
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None, *, build: Callable[[EngineConfi
         logger.exception("the engine could not start")
         print(json.dumps({"startup_error": {"type": type(error).__name__, "message": str(error)}}), file=sys.stderr)
         return EXIT_NOT_STARTED
+    termination = _Termination()
     channel = Channel(connection, epoch=config.epoch, wakeup_fd=termination.fileno())
     # What was made at start lives as long as the process: the collector need not look at it again.
     gc.collect()
@@ -137,5 +138,12 @@ def main(arguments: Sequence[str] | None = None, *, build: Callable[[EngineConfi
     return 0
 
 
+def end_process(code: int) -> NoReturn:
+    """Exit at once: a loader thread or a broken device must not keep a finished engine alive."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_process(main())

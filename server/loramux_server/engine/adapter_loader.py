@@ -152,7 +152,7 @@ class NoAdapters:
 
 
 def _incompatible(error: AdapterFormatError) -> LoramuxServerError:
-    return FailedPrecondition(Reason.ADAPTER_INCOMPATIBLE, str(error), field=error.field)
+    return FailedPrecondition(Reason(error.reason), error.message, field=error.field)
 
 
 def _unreadable(error: OSError) -> LoramuxServerError:

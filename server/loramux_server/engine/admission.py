@@ -7,15 +7,18 @@ lacks them ends the pass, so that a large request is not starved by small ones.
 """
 
 import enum
+from collections import deque
 from collections.abc import Callable, Iterator
 
+from loramux_server.engine.adapter_version import Room
 from loramux_server.engine.counters import Counters
 from loramux_server.engine.fairness import FairnessPolicy
 from loramux_server.engine.kv import KvCache
 from loramux_server.engine.messages import ErrorSpec, Event, Started
 from loramux_server.engine.request import Phase, Request
 from loramux_server.engine.request_table import RequestTable
-from loramux_server.engine.residency import AdapterResidency, Room, error_spec
+from loramux_server.engine.residency import AdapterResidency
+from loramux_server.engine.wire_error import error_spec
 from loramux_server.errors import LoramuxServerError
 
 MAX_PASSED_OVER = 8
@@ -68,6 +71,12 @@ class Admission:
             rows: Rows that the step can still take.
             now: Monotonic seconds.
         """
+        try:
+            yield from self._admit(rows, now)
+        finally:
+            self._residency.end_of_pass()
+
+    def _admit(self, rows: int, now: float) -> Iterator[Request]:
         oldest = self._reserve_for_aged()
         passed: list[Request] = []
         for request in self._candidates(oldest):
@@ -102,16 +111,29 @@ class Admission:
     def _candidates(self, oldest: Request | None) -> Iterator[Request]:
         if oldest is not None:
             yield oldest
-        queues = self._table.waiting.snapshot()
-        positions = dict.fromkeys(queues, 0)
-        while queues:
-            key = self._fairness.pick(queues)
-            queue, position = queues[key], positions[key]
-            positions[key] = position + 1
-            if position + 1 == len(queue):
-                del queues[key]
-            if queue[position] is not oldest:
-                yield queue[position]
+        untried = {key: deque(queue) for key, queue in self._table.waiting.snapshot().items()}
+        waiting = -1
+        key = ""
+        while True:
+            if len(self._table.waiting) != waiting or not untried[key]:
+                # The last attempt moved or ended requests, perhaps many, or the key has no more: whose turn is it now?
+                waiting = len(self._table.waiting)
+                self._strip(untried, oldest)
+                if not untried:
+                    return
+                key = self._fairness.pick(untried)
+            request = untried[key].popleft()
+            if request is not oldest:
+                yield request
+
+    @staticmethod
+    def _strip(untried: dict[str, deque[Request]], oldest: Request | None) -> None:
+        """Drop what no longer waits at the head of each queue, and empty queues: their keys may be unknown by now."""
+        for key, queue in list(untried.items()):
+            while queue and (queue[0] is oldest or queue[0].phase is not Phase.WAITING):
+                queue.popleft()
+            if not queue:
+                del untried[key]
 
     def _try(self, request: Request, *, rows: int, newcomer: bool, now: float) -> _Outcome:
         if request.width > rows:

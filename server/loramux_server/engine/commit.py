@@ -1,5 +1,6 @@
 """Taking in the results of a step: tokens, ends, log-probabilities, prefix-cache entries and charges."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from loramux_server.engine.counters import Counters
@@ -11,6 +12,8 @@ from loramux_server.engine.request import Phase, Request
 from loramux_server.engine.request_table import RequestTable
 from loramux_server.engine.sequence import Sequence as TokenSequence
 from loramux_server.errors import Reason
+
+logger = logging.getLogger(__name__)
 
 
 class Committer:
@@ -71,7 +74,7 @@ class Committer:
         self._kv.committed(sequence, count, root=request.root, owner=request.version)
         request.computed_tokens += count
         self._fairness.charge(request.add.fairness_key, count)
-        if row.start >= request.prompt_length and row.sample and count == 1:
+        if row.sample and count == 1 and row.start >= row.prompt_length:
             self._counters.decode_tokens += 1
         else:
             self._counters.prefill_tokens += count
@@ -113,6 +116,7 @@ class Committer:
     def _go_bad(self, request: Request, now: float) -> None:
         for sequence in request.alive:
             self._kv.distrust(sequence)
+        logger.warning("request %s: non-finite logits, version %r", request.request_id, request.version)
         if request.version:
             error = ErrorSpec(
                 reason=Reason.ADAPTER_NUMERICS.value,

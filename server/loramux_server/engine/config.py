@@ -24,6 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         rank_units: Slab capacity in units of 16 rank rows.
         max_slots: Most adapters resident at once.
         batch_invariant: A request's tokens do not depend on what else is in the batch.
+        cuda_graphs: Replay captured graphs instead of launching kernel by kernel (CUDA only).
         shadow: Keep a dequantized copy of the weights (None = yes on CPU, no on CUDA).
         threads: torch intra-op threads on CPU; None = physical cores.
         poison: Fill freed pages and slab rows with NaN (tests and debugging).
@@ -47,6 +48,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rank_units: int = 64
     max_slots: int = 64
     batch_invariant: bool = False
+    cuda_graphs: bool = True
     shadow: bool | None = None
     threads: int | None = None
     poison: bool = False

@@ -158,7 +158,7 @@ class Engine:
         request = self._table.get(command.request_id)
         if request is None:
             return
-        for sequence in request.alive:
+        for sequence in list(request.alive):
             if sequence.choice == command.index:
                 self._table.finish_sequence(request, sequence, "stop", now, tokens=max(0, command.tokens))
 

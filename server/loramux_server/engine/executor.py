@@ -78,9 +78,11 @@ class StepExecutor:
         self._halve_rows(plan, rows[middle:])
 
     def _halve_chunk(self, plan: StepPlan, row: RowPlan) -> None:
+        refused = len(plan.rows) == 1
         while self._alive(row):
-            if self._attempt(self._part(plan, [row])):
+            if not refused and self._attempt(self._part(plan, [row])):
                 return
+            refused = False
             count = len(row.token_ids) // 2
             if count == 0:
                 self._fail(row, _NO_ROOM)

@@ -63,7 +63,7 @@ class _FaultySlab:
     def __init__(self, slab: SlabView, needle: str) -> None:
         self._slab = slab
         self._needle = needle
-        self._failed: list[int] = []
+        self._failing: set[int] = set()
 
     @property
     def rank_units(self) -> int:
@@ -77,14 +77,17 @@ class _FaultySlab:
         return self._slab.units_of(version_path)
 
     def start_load(self, slot: int, first_unit: int, units: int, version_path: str) -> None:
+        # The load itself runs, so that the slot is in the state that a failed load leaves.
         if self._needle in version_path:
-            self._failed.append(slot)
-        else:
-            self._slab.start_load(slot, first_unit, units, version_path)
+            self._failing.add(slot)
+        self._slab.start_load(slot, first_unit, units, version_path)
 
     def poll_loads(self) -> list[tuple[int, Exception | None]]:
-        failed, self._failed = self._failed, []
-        return [*self._slab.poll_loads(), *((slot, OSError("fault point load_fail")) for slot in failed)]
+        ended = self._slab.poll_loads()
+        fault = OSError("fault point load_fail")
+        result = [(slot, fault if slot in self._failing else error) for slot, error in ended]
+        self._failing.difference_update(slot for slot, _ in ended)
+        return result
 
     def clear(self, slot: int) -> None:
         self._slab.clear(slot)

@@ -58,11 +58,13 @@ class KvCache:
 
     def missing(self, sequence: Sequence) -> int:
         """Pages that `grow` would take."""
-        return self.pages_for(len(sequence.tokens)) - len(sequence.pages)
+        return -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
 
     def grow(self, sequence: Sequence) -> None:
         """Extend the pages to cover every known token; the caller has checked `pool.available`."""
-        sequence.pages.extend(self.pool.allocate(self.missing(sequence)))
+        missing = self.missing(sequence)
+        if missing:
+            sequence.pages.extend(self.pool.allocate(missing))
 
     def fork_cost(self, lead: Sequence, sequence: Sequence) -> int:
         """Pages that `fork` would take."""

@@ -63,16 +63,17 @@ def plan_kv(
         activation = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        # Other processes' memory counts as taken; the reserve keeps fragmentation from ending a full pool.
-        room = free - activation - int(total * (1.0 - config.gpu_memory_utilization))
+        # Other processes' memory counts as taken. Captured graphs keep the largest step's memory once more; the rest of
+        # the reserve keeps fragmentation from ending a full pool.
+        room = free - 2 * activation - int(total * (1.0 - config.gpu_memory_utilization))
         pages = max(room, 0) // page_bytes
     capacity = pages * config.page_size
     if config.max_model_len is None:
         wanted = min(wanted, capacity)
     if capacity < wanted or pages < 1:
         raise NotEnoughMemory(
-            f"the KV pool holds {capacity} tokens ({pages} pages of {config.page_size}), but max_model_len is {wanted}: "
-            f"lower --max-model-len, or give more pages (--kv-pages, each takes {page_bytes / 2**20:.2f} MiB)"
+            f"the KV pool holds {capacity} tokens ({pages} pages of {config.page_size}), but max_model_len is "
+            f"{wanted}: lower --max-model-len, or give more pages (--kv-pages, each takes {page_bytes / 2**20:.2f} MiB)"
         )
     return KvPlan(pages=pages, page_bytes=page_bytes, max_model_len=wanted)
 

@@ -100,7 +100,8 @@ class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
         weight: Share of that key.
         priority: Orders requests within one key; higher first.
         time_left: Seconds until the deadline, measured at send; None = none.
-        soft_time_limit: Seconds from arrival after which sequences end with reason `time_limit`; None = none.
+        soft_time_limit: Seconds from arrival after which sequences end with reason `time_limit`; a request that was
+            not admitted by then fails with DEADLINE_EXCEEDED. None = none.
     """
 
     request_id: str
@@ -118,13 +119,13 @@ class Add(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
-    """Stop a request wherever it is; unknown ids are ignored. Answered by `Done(status="cancelled")` if it was alive."""
+    """Stop a request wherever it is. Answered by `Done(status="cancelled")` if it was alive, else ignored."""
 
     request_id: str
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
-    """A stop string matched in the front end: sequence `index` ends after `tokens` output tokens, the rest is dropped."""
+    """A stop string matched in the front end: sequence `index` ends after `tokens` output tokens, the rest is lost."""
 
     request_id: str
     index: int
@@ -138,7 +139,7 @@ class PutVersion(msgspec.Struct, frozen=True, kw_only=True, tag="put_version"):
 
 
 class DropVersion(msgspec.Struct, frozen=True, kw_only=True, tag="drop_version"):
-    """Forget a version: new requests fail with ADAPTER_NOT_FOUND, running ones finish, then it leaves slab and cache."""
+    """Forget a version: new requests fail with ADAPTER_NOT_FOUND; once running ones ended, it leaves slab and cache."""
 
     version: str
 
@@ -298,7 +299,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
         error: Set exactly when failed.
         prompt_tokens: Prompt length.
         cached_tokens: Prompt tokens taken from the prefix cache.
-        output_tokens: Output tokens sent over all sequences.
+        output_tokens: Output tokens over all sequences; those that a `Stop` dropped are not counted.
         computed_tokens: Tokens computed for it, recomputation included (what fairness charges).
         prefill_time: Seconds from admission to the first token; 0 if there was none.
         decode_time: Seconds from the first token to the end.
@@ -365,9 +366,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     requests_failed: int
 
 
-Event = (
-    Ready | Started | PromptLogprobs | Tokens | SequenceFinished | Done | Completed | VersionState | Stats
-)
+Event = Ready | Started | PromptLogprobs | Tokens | SequenceFinished | Done | Completed | VersionState | Stats
 
 
 class EventFrame(msgspec.Struct, frozen=True, kw_only=True):

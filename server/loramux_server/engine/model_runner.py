@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
+from loramux_server.engine.graphs import ForwardGraphs
 from loramux_server.engine.messages import Ready
 from loramux_server.engine.plan import OutOfMemory, RowPlan, RowResult, StepPlan, StepResult
 from loramux_server.engine.sampler import Sampled, Sampler, unpack_logprobs
@@ -78,6 +79,8 @@ class ModelRunner:
         self._loader = loader
         self._staging = staging
         self._page_size = page_size
+        self._graphs: ForwardGraphs | None = None
+        self._replays = 0
         self._sampler = Sampler(vocab_size=model.spec.vocab_size, device=model.device)
         self.ready = ready
 
@@ -96,15 +99,29 @@ class ModelRunner:
         """Tokens a page."""
         return self._page_size
 
+    @property
+    def num_graphs(self) -> int:
+        """Captured CUDA graphs."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
+    def replays(self) -> int:
+        """Steps that replayed a graph."""
+        return self._replays
+
+    def capture(self, graphs: ForwardGraphs) -> None:
+        """Capture CUDA graphs and use them from now on."""
+        graphs.capture()
+        self._graphs = graphs
+
     def launch(self, plan: StepPlan) -> _Launched:
         """Start a step: stage, forward, sample, begin the copy out."""
         try:
             with torch.inference_mode():
                 return self._launch(plan)
         except torch.OutOfMemoryError as error:
-            reason = OutOfMemory(f"step of {plan.num_tokens} tokens")
-            reason.__cause__ = error
-        # Outside the except block: the exception's frames hold the step's tensors, and they must go before the retry.
+            # The text only: the exception's frames hold the step's tensors, and they must go before the retry.
+            reason = OutOfMemory(f"step of {plan.num_tokens} tokens: {error}")
         torch.cuda.empty_cache()
         return _Launched(plan, None, 0, [], 0, None, {}, error=reason)
 
@@ -124,16 +141,18 @@ class ModelRunner:
         began = time.perf_counter()
         if plan.copies:
             copy_pages(plan.copies, self._kv)
-        batch = self._staging.build(plan)
-        staged = time.perf_counter()
-        hidden = self._model.forward(batch, self._kv, self._slab if batch.lora is not None else None)
-        forwarded = time.perf_counter()
         sampled_rows = [row for row in plan.rows if row.sample]
-        sampled: Sampled | None = None
-        if sampled_rows:
-            logits = self._model.logits(hidden[: len(sampled_rows)])
-            sampled = self._sampler.sample(logits, sampled_rows)
-        prompts, prompt_top = self._prompt_logprobs(hidden[len(sampled_rows) :], plan)
+        logits = self._graphs.run(plan) if self._graphs is not None else None
+        prompts: list[Tensor] = []
+        prompt_top = 0
+        self._replays += logits is not None
+        if logits is None:
+            batch = self._staging.build(plan)
+            hidden = self._model.forward(batch, self._kv, self._slab if batch.lora is not None else None)
+            logits = self._model.logits(hidden[: len(sampled_rows)]) if sampled_rows else None
+            prompts, prompt_top = self._prompt_logprobs(hidden[len(sampled_rows) :], plan)
+        forwarded = time.perf_counter()
+        sampled = self._sampler.sample(logits, sampled_rows) if logits is not None and sampled_rows else None
         host, prompts_host, event = self._to_host(sampled, prompts)
         return _Launched(
             plan,
@@ -142,7 +161,7 @@ class ModelRunner:
             prompts_host,
             prompt_top,
             event,
-            {"stage": staged - began, "forward": forwarded - staged, "sample": time.perf_counter() - forwarded},
+            {"forward": forwarded - began, "sample": time.perf_counter() - forwarded},
         )
 
     def _prompt_logprobs(self, hidden: Tensor, plan: StepPlan) -> tuple[list[Tensor], int]:
@@ -180,9 +199,11 @@ def _unpack(launched: _Launched) -> list[RowResult]:
     sampled_rows = [row for row in rows if row.sample]
     results: dict[int, RowResult] = {}
     if launched.sampled is not None:
-        logprobs = unpack_logprobs(launched.sampled[:, 2:], launched.top, [_asked(row) for row in sampled_rows]) if (
-            launched.sampled.shape[1] > 2
-        ) else [None] * len(sampled_rows)
+        logprobs = (
+            unpack_logprobs(launched.sampled[:, 2:], launched.top, [_asked(row) for row in sampled_rows])
+            if (launched.sampled.shape[1] > 2)
+            else [None] * len(sampled_rows)
+        )
         ids = launched.sampled[:, 0].tolist()
         finite = launched.sampled[:, 1].tolist()
         for index, row in enumerate(sampled_rows):

@@ -33,7 +33,7 @@ class RowPlan:
         history: All token ids known so far (prompt + output), for penalties and bad words; a live view, do not keep.
         prompt_length: Prompt tokens in `history`.
         prompt_logprobs: k when this chunk must give log-probabilities of the tokens that follow each of its tokens.
-        prompt_targets: Those following tokens (same length as `token_ids`; last may be absent at the prompt's end).
+        prompt_targets: Those following tokens; as many as `token_ids`, one less at the prompt's end.
     """
 
     sequence_id: int

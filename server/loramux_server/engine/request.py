@@ -32,6 +32,7 @@ class Request:
         slot: Slab slot while running with an adapter, else -1.
         root: Prefix-cache root key once bound.
         sequences: All n, created at the first admission.
+        alive: Those of them that have not ended.
         forked: Whether the sequences have pages of their own (always true for one sequence).
         admitted_order: Number of its latest admission; the newest is preempted first.
         admitted_at: Time of the first admission, None before.
@@ -57,6 +58,7 @@ class Request:
     slot: int = -1
     root: bytes = b""
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    alive: list[Sequence] = dataclasses.field(default_factory=list)
     forked: bool = False
     admitted_order: int = -1
     admitted_at: float | None = None
@@ -83,11 +85,6 @@ class Request:
     def uses_adapter(self) -> bool:
         """Whether it asks for an adapter, bound or not."""
         return self.add.alias is not None or self.add.version is not None
-
-    @property
-    def alive(self) -> list[Sequence]:
-        """Sequences that have not ended."""
-        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     @property
     def owes_prompt_logprobs(self) -> bool:

@@ -12,9 +12,10 @@ from loramux_server.engine.limits import Limits
 from loramux_server.engine.messages import Add, Done, ErrorSpec, Event, SequenceFinished
 from loramux_server.engine.prefix_cache import root_key
 from loramux_server.engine.request import Phase, Request
-from loramux_server.engine.residency import AdapterResidency, error_spec
+from loramux_server.engine.residency import AdapterResidency
 from loramux_server.engine.sequence import Sequence
 from loramux_server.engine.waiting import WaitingQueue
+from loramux_server.engine.wire_error import error_spec
 from loramux_server.errors import Expired, LoramuxServerError, NotFound, Reason
 
 _REMEMBERED_IDS = 65536
@@ -180,6 +181,7 @@ class RequestTable:
             sequence_id = self._free_ids.pop()
             sequence = Sequence(sequence_id=sequence_id, choice=choice, prompt=request.add.prompt_token_ids)
             request.sequences.append(sequence)
+            request.alive.append(sequence)
             self._sequences[sequence_id] = (request, sequence)
 
     # --- timers ----------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ class RequestTable:
                 error = Expired(Reason.DEADLINE_EXCEEDED, f"the {limit} passed {state}")
                 self.end(request, "failed", now, error=error_spec(error))
                 continue
-            for sequence in request.alive:
+            for sequence in list(request.alive):
                 self.finish_sequence(request, sequence, "time_limit", now)
 
     def next_timer(self) -> float | None:
@@ -223,6 +225,7 @@ class RequestTable:
     ) -> None:
         """End one sequence by itself; the last one ends the request."""
         sequence.finish(reason, tokens=tokens)
+        request.alive.remove(sequence)
         self._drop_sequence(sequence)
         self._emit(
             SequenceFinished(
@@ -318,6 +321,7 @@ class RequestTable:
         assert all(r.phase is Phase.RUNNING and r.alive for r in running)
         assert all(not s.pages and not s.computed for r in waiting for s in r.sequences)
         alive = [sequence for request in self._requests.values() for sequence in request.alive]
+        assert all((s in r.alive) == (s.finish_reason is None) for r in self._requests.values() for s in r.sequences)
         assert {s.sequence_id for s in alive} == set(self._sequences) and len(alive) == len(self._sequences)
         references: dict[str, int] = {}
         uses: dict[str, int] = {}

@@ -6,57 +6,29 @@ evicted. Loading is asynchronous; only the requests of the version that loads wa
 """
 
 import dataclasses
-import enum
+import logging
 from collections.abc import Callable
 
+from loramux_server.engine.adapter_version import Residency, Room, Version
 from loramux_server.engine.messages import Completed, ErrorSpec, Event, VersionSpec, VersionState
 from loramux_server.engine.plan import SlabView
 from loramux_server.engine.slab_layout import Tenure, find_window, find_window_to_drain
+from loramux_server.engine.wire_error import error_spec
 from loramux_server.errors import LoramuxServerError, NotFound, Reason, ResourceExhausted, Unavailable
+
+logger = logging.getLogger(__name__)
 
 PRELOAD_PATIENCE = 10.0
 """Seconds a `Preload` waits for room."""
 
 
-class Residency(enum.Enum):
-    """Where a version's weights are, as `VersionState.residency` says it."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Reservation:
+    """Room being made for `version`: `draining` may not be used by newcomers; `present` was resident at the choice."""
 
-    STORE = "store"
-    LOADING = "loading"
-    GPU = "gpu"
-
-
-class Room(enum.Enum):
-    """Answer to `AdapterResidency.want`."""
-
-    READY = "ready"
-    LOADING = "loading"
-    NONE = "none"
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Version:
-    spec: VersionSpec
-    units: int = 0
-    state: Residency = Residency.STORE
-    slot: int = -1
-    first_unit: int = -1
-    references: int = 0
-    uses: int = 0
-    last_used: int = 0
-    dropped: bool = False
-    unloads: list[str] = dataclasses.field(default_factory=list)
-    preloads: list[tuple[str, float]] = dataclasses.field(default_factory=list)
-
-
-def error_spec(error: Exception) -> ErrorSpec:
-    """What the front end is told of an exception; foreign exceptions keep their text in the log."""
-    if isinstance(error, LoramuxServerError):
-        return ErrorSpec(reason=error.reason.value, message=error.message, retry_after=error.retry_after)
-    if isinstance(error, OSError):
-        return ErrorSpec(reason=Reason.STORE_UNAVAILABLE.value, message="adapter version could not be read")
-    kind = type(error).__name__
-    return ErrorSpec(reason=Reason.INTERNAL.value, message=f"adapter version could not be loaded ({kind})")
+    version: str
+    draining: frozenset[str]
+    present: frozenset[str]
 
 
 class AdapterResidency:
@@ -72,10 +44,12 @@ class AdapterResidency:
         self._slab = slab
         self._emit = emit
         self._on_forget = on_forget
-        self._versions: dict[str, _Version] = {}
-        self._by_slot: dict[int, _Version] = {}
-        self._reserved: tuple[str, frozenset[str]] | None = None
+        self._versions: dict[str, Version] = {}
+        self._by_slot: dict[int, Version] = {}
+        self._reserved: _Reservation | None = None
         self._tick = 0
+        # Fewest rank units known not to fit since room last appeared: spares a search for each waiting request.
+        self._too_many_units: int | None = None
         self.loads = 0
         self.evictions = 0
 
@@ -85,7 +59,7 @@ class AdapterResidency:
         """Make a version known; a dropped one that is still held comes back."""
         known = self._versions.get(spec.version)
         if known is None:
-            self._versions[spec.version] = _Version(spec=spec)
+            self._versions[spec.version] = Version(spec=spec)
             return
         known.dropped = False
         if known.state is Residency.STORE:
@@ -150,10 +124,11 @@ class AdapterResidency:
         known = self._versions[version]
         if known.unloads:
             return Room.NONE
-        reserved_for, draining = self._reserved or (version, frozenset())
-        blocked = newcomer and reserved_for != version
+        reserved = self._reserved
+        blocked = newcomer and reserved is not None and reserved.version != version
         if known.state is Residency.GPU:
-            return Room.NONE if blocked and version in draining else Room.READY
+            held = blocked and reserved is not None and version in reserved.draining
+            return Room.NONE if held else Room.READY
         if known.state is Residency.LOADING:
             return Room.LOADING
         if blocked:
@@ -173,28 +148,42 @@ class AdapterResidency:
         known = self._versions[version]
         assert known.uses > 0, f"{version} is not in use"
         known.uses -= 1
+        self._too_many_units = None
         self._touch(known)
         self._settle(known)
+
+    def end_of_pass(self) -> None:
+        """Every request that waited for a load that has ended had its turn: what nobody took may be evicted.
+
+        Without this, a request tried earlier in the pass could evict a version just before the request that loaded it.
+        """
+        for known in self._by_slot.values():
+            if known.fresh:
+                known.fresh = False
+                self._too_many_units = None
 
     def reserve(self, version: str | None) -> None:
         """Keep a place free for the oldest request that was passed over too often, or for none.
 
-        The window with the least work in it is chosen once; newcomers may not start to use what stands there, nor load
-        anything, until the reservation is given up.
+        The window with the least work in it is chosen, and again when something new was loaded; newcomers may not
+        start to use what stands there, nor load anything, until the reservation is given up.
         """
-        if version is None:
+        if self._reserved is not None and self._reserved.version != version:
             self._reserved = None
+        known = self._versions[version] if version is not None else None
+        if known is None or known.state is not Residency.STORE or known.units == 0:
             return
-        if self._reserved is not None and self._reserved[0] == version:
+        present = frozenset(entry.spec.version for entry in self._by_slot.values())
+        if self._reserved is not None and present <= self._reserved.present:
             return
-        known = self._versions[version]
-        window = find_window_to_drain(self._tenures(), known.units, self._slab.rank_units)
-        leaving = frozenset(window.leaving) if window is not None else frozenset()
-        if not leaving and len(self._by_slot) >= self._slab.max_slots:
-            leaving = frozenset([min(self._tenures(), key=lambda t: (t.busy, t.last_used)).version])
-        self._reserved = (version, leaving - {version})
+        tenures = self._tenures()
+        window = find_window_to_drain(tenures, known.units, self._slab.rank_units)
+        draining = frozenset(window.leaving) if window is not None else frozenset()
+        if not draining and len(self._by_slot) >= self._slab.max_slots:
+            draining = frozenset([min(tenures, key=lambda t: (t.busy, t.last_used)).version])
+        self._reserved = _Reservation(version=known.spec.version, draining=draining, present=present)
 
-    def _start_load(self, known: _Version) -> Room:
+    def _start_load(self, known: Version) -> Room:
         capacity = self._slab.rank_units
         if known.units == 0:
             known.units = self._slab.units_of(known.spec.path)
@@ -203,13 +192,17 @@ class AdapterResidency:
                 Reason.ADAPTER_SLOTS_EXHAUSTED,
                 f"adapter needs {known.units} rank units, the slab has {capacity}; raise rank_units",
             )
+        if self._too_many_units is not None and known.units >= self._too_many_units:
+            return Room.NONE
         window = find_window(self._tenures(), known.units, capacity)
         if window is None:
+            self._too_many_units = known.units
             return Room.NONE
         leaving = window.leaving
         if not leaving and len(self._by_slot) >= self._slab.max_slots:
             evictable = [t for t in self._tenures() if not t.busy]
             if not evictable:
+                self._too_many_units = 1
                 return Room.NONE
             leaving = (min(evictable, key=lambda t: t.last_used).version,)
         for version in leaving:
@@ -230,9 +223,11 @@ class AdapterResidency:
             assert known.state is Residency.LOADING, f"slot {slot} was not loading"
             if error is None:
                 known.state = Residency.GPU
+                known.fresh = True
                 self.loads += 1
                 self._emit(self._state_of(known))
             else:
+                logger.warning("adapter version %s could not be loaded", known.spec.version, exc_info=error)
                 spec = error_spec(error)
                 failed.append((known.spec.version, spec))
                 self._vacate(known, announce=False)
@@ -286,7 +281,7 @@ class AdapterResidency:
         """Rank units that are taken, loads in flight included."""
         return sum(known.units for known in self._by_slot.values())
 
-    def _advance_preload(self, known: _Version, now: float) -> None:
+    def _advance_preload(self, known: Version, now: float) -> None:
         try:
             room = self.want(known.spec.version, newcomer=True)
         except LoramuxServerError as error:
@@ -304,12 +299,12 @@ class AdapterResidency:
             for operation_id in late:
                 self._emit(Completed(operation_id=operation_id, error=error_spec(full)))
 
-    def _end_preloads(self, known: _Version, error: ErrorSpec | None) -> None:
+    def _end_preloads(self, known: Version, error: ErrorSpec | None) -> None:
         preloads, known.preloads = known.preloads, []
         for operation_id, _ in preloads:
             self._emit(Completed(operation_id=operation_id, error=error))
 
-    def _settle(self, known: _Version) -> None:
+    def _settle(self, known: Version) -> None:
         """Finish what waits for a version to come to rest: unloads and the end of a dropped one."""
         if known.uses or known.state is Residency.LOADING:
             return
@@ -324,15 +319,16 @@ class AdapterResidency:
             self._on_forget(known.spec.version)
             self._emit(self._state_of(known, dropped=True))
 
-    def _vacate(self, known: _Version, *, announce: bool = True) -> None:
+    def _vacate(self, known: Version, *, announce: bool = True) -> None:
         assert known.uses == 0, f"{known.spec.version} is in use"
         self._slab.clear(known.slot)
         del self._by_slot[known.slot]
-        known.state, known.slot, known.first_unit = Residency.STORE, -1, -1
+        self._too_many_units = None
+        known.state, known.slot, known.first_unit, known.fresh = Residency.STORE, -1, -1, False
         if announce:
             self._emit(self._state_of(known))
 
-    def _touch(self, known: _Version) -> None:
+    def _touch(self, known: Version) -> None:
         self._tick += 1
         known.last_used = self._tick
 
@@ -342,13 +338,13 @@ class AdapterResidency:
                 version=known.spec.version,
                 first_unit=known.first_unit,
                 units=known.units,
-                busy=known.uses + (known.state is Residency.LOADING),
+                busy=known.uses + (known.state is Residency.LOADING or known.fresh),
                 last_used=known.last_used,
             )
             for known in self._by_slot.values()
         ]
 
-    def _state_of(self, known: _Version, *, dropped: bool = False) -> VersionState:
+    def _state_of(self, known: Version, *, dropped: bool = False) -> VersionState:
         residency = "gpu" if known.state is Residency.GPU else "store"
         return VersionState(
             version=known.spec.version, residency=residency, references=known.references, dropped=dropped
@@ -369,6 +365,10 @@ class AdapterResidency:
             assert known.uses == uses.get(name, 0), f"{name}: {known.uses} uses"
             assert known.uses == 0 or known.state is Residency.GPU
             assert not (known.dropped and known.references == 0 and known.state is not Residency.LOADING)
+        if self._too_many_units is not None:
+            free_slot = len(self._by_slot) < self._slab.max_slots or not all(t.busy for t in self._tenures())
+            window = find_window(self._tenures(), self._too_many_units, self._slab.rank_units)
+            assert window is None or not free_slot, "room appeared unnoticed"
         assert set(references) <= set(self._versions) and set(uses) <= set(self._versions)
 
 

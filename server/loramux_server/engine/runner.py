@@ -11,11 +11,13 @@ from loramux_base.checkpoint import read_json
 from loramux_base.shapes import UnsupportedBase, base_shapes
 from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
 from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.graphs import ForwardGraphs
 from loramux_server.engine.memory import KvPlan, allocate_kv, plan_kv
 from loramux_server.engine.messages import Ready, SamplingSpec
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.plan import RowPlan, StepPlan
 from loramux_server.engine.staging import BatchStaging
+from loramux_server.engine.static_batch import StaticBatch
 from loramux_server.model.causal_lm import CausalLM
 from loramux_server.model.load import load_model
 from loramux_server.model.self_test import self_test
@@ -50,12 +52,18 @@ def build_runner(config: EngineConfig) -> ModelRunner:
         model.details["self_test_deviation"] = f"{self_test(model.spec, device=device, dtype=model.dtype):.3g}"
     slab, loader = _residency(config, directory, model)
     plan = plan_kv(
-        config, model.spec, dtype=model.dtype, device=device, largest_step=lambda: _largest_step(config, model, slab, loader)
+        config,
+        model.spec,
+        dtype=model.dtype,
+        device=device,
+        largest_step=lambda: _largest_step(config, model, slab, loader),
     )
     kv = allocate_kv(model.spec, pages=plan.pages, page_size=config.page_size, dtype=model.dtype, device=device)
     ready = _ready(config, model, plan, loader)
     runner = _runner(config, model, kv, slab, loader, plan.max_model_len, ready)
     _warm_up(runner, config, plan.max_model_len)
+    if device.type == "cuda" and config.cuda_graphs:
+        runner.capture(_graphs(config, model, kv, slab, plan.max_model_len))
     ready.details["seconds_to_ready"] = f"{time.monotonic() - began:.1f}"
     return runner
 
@@ -110,8 +118,29 @@ def _runner(
         max_pages=-(-max_model_len // config.page_size),
         page_size=config.page_size,
     )
-    return ModelRunner(
-        model, kv=kv, slab=slab, loader=loader, staging=staging, page_size=config.page_size, ready=ready
+    return ModelRunner(model, kv=kv, slab=slab, loader=loader, staging=staging, page_size=config.page_size, ready=ready)
+
+
+def _graphs(
+    config: EngineConfig, model: CausalLM, kv: list[torch.Tensor], slab: LoraSlab | None, max_model_len: int
+) -> ForwardGraphs:
+    static = StaticBatch(
+        device=model.device,
+        max_tokens=config.max_batch_tokens,
+        max_sequences=config.max_running,
+        max_pages=-(-max_model_len // config.page_size),
+        max_segments=min(config.max_slots, config.max_running) + 1,
+        page_size=config.page_size,
+    )
+    return ForwardGraphs(
+        model,
+        kv=kv,
+        slab=slab,
+        static=static,
+        max_tokens=config.max_batch_tokens,
+        max_sequences=config.max_running,
+        max_model_len=max_model_len,
+        batch_invariant=config.batch_invariant,
     )
 
 
@@ -167,6 +196,7 @@ def _warm_up(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> N
 
 
 def _ready(config: EngineConfig, model: CausalLM, plan: KvPlan, loader: AdapterLoader | NoAdapters) -> Ready:
+    assert model.fingerprint is not None, "a model loaded from a directory has one"
     device = str(model.device)
     if model.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(model.device)})"
@@ -183,7 +213,7 @@ def _ready(config: EngineConfig, model: CausalLM, plan: KvPlan, loader: AdapterL
         max_rank=config.max_rank,
         details={
             "dtype": str(model.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "kv_bytes": str(plan.pages * plan.page_bytes),
             **{name: str(value) for name, value in model.details.items()},
         },

@@ -219,7 +219,9 @@ def _draw(logits: Tensor, specs: Sequence[SamplingSpec], rows: Sequence[RowPlan]
     if any(spec.min_p > 0 for spec in specs):
         limit = torch.maximum(limit, largest + parameters[:, 3:4].log().to(torch.float32))
     keys = torch.tensor(
-        [_signed(_row_key(_spec(row).seed, row.choice, row.position)) for row in rows], dtype=torch.int64, pin_memory=cuda
+        [_signed(_row_key(_spec(row).seed, row.choice, row.position)) for row in rows],
+        dtype=torch.int64,
+        pin_memory=cuda,
     ).to(logits.device, non_blocking=True)
     score = scaled - _exponential(keys, logits.shape[-1]).log_()
     return score.masked_fill_(scaled < limit, -math.inf).argmax(dim=-1)

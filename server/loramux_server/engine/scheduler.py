@@ -6,6 +6,8 @@ token for itself. When a running sequence finds no page, running requests are pr
 lowest priority, the newest first; they are recomputed later.
 """
 
+import logging
+
 from loramux_server.engine.admission import Admission
 from loramux_server.engine.fairness import FairnessPolicy
 from loramux_server.engine.kv import KvCache
@@ -14,6 +16,8 @@ from loramux_server.engine.plan import PageCopy, RowPlan, StepPlan
 from loramux_server.engine.request import Phase, Request
 from loramux_server.engine.request_table import RequestTable
 from loramux_server.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 _CALM_STEPS = 16
 """Steps without running out of memory after which the token budget doubles again."""
@@ -51,21 +55,26 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can run now."""
         self._give_pages()
-        running = list(self._table.running)
         decode: list[RowPlan] = []
         prefill: list[RowPlan] = []
         copies: list[PageCopy] = []
-        budget = self._limits.max_batch_tokens
-        for request in running:
+        behind: list[Request] = []
+        width = 0
+        for request in self._table.running:
+            width += len(request.alive)
+            up_to_date = request.forked
             for sequence in request.alive:
                 if request.forked and sequence.remaining == 1:
                     decode.append(self._row(request, sequence, 1, copies))
-                    budget -= 1
-        budget = min(budget, self._prefill_budget)
-        for request in running:
+                else:
+                    up_to_date = False
+            if not up_to_date:
+                behind.append(request)
+        budget = min(self._limits.max_batch_tokens - len(decode), self._prefill_budget)
+        for request in behind:
             budget -= self._prefill(request, budget, prefill, copies, decoding=True)
-        if budget > 0:
-            rows = self._limits.max_running - sum(request.width for request in running)
+        rows = self._limits.max_running - width
+        if budget > 0 and rows > 0:
             for request in self._admission.admit(rows=rows, now=now):
                 self._fork_when_ready(request)
                 budget -= self._prefill(request, budget, prefill, copies, decoding=False)
@@ -78,8 +87,11 @@ class Scheduler:
 
     def ran_out_of_memory(self, plan: StepPlan) -> None:
         """Plan smaller prefills for a while: the device had no room for this step."""
+        if self._prefill_budget == self._limits.max_batch_tokens:
+            # Once a spell: while it lasts, every step may run out again.
+            logger.warning("out of memory in a step of %d rows, %d tokens", len(plan.rows), plan.num_tokens)
         prefill = sum(len(row.token_ids) for row in plan.rows if len(row.token_ids) > 1)
-        self._prefill_budget = max(1, min(self._prefill_budget, prefill) // 2)
+        self._prefill_budget = max(1, min(self._prefill_budget, prefill or self._prefill_budget) // 2)
         self._calm = 0
 
     def ran_well(self) -> None:
@@ -94,6 +106,8 @@ class Scheduler:
 
     def _give_pages(self) -> None:
         for request in list(self._table.running):
+            if request.forked and not any(map(self._kv.missing, request.alive)):
+                continue
             if request.phase is not Phase.RUNNING or not self._make_room(request):
                 continue
             self._fork_when_ready(request)
@@ -137,7 +151,7 @@ class Scheduler:
     def _prefill(
         self, request: Request, budget: int, rows: list[RowPlan], copies: list[PageCopy], *, decoding: bool
     ) -> int:
-        """Add rows for what a request has yet to compute; `decoding` = its decode rows are planned already."""
+        """Add rows for what a request has yet to compute; `decoding` = except its decode rows."""
         used = 0
         for sequence in request.alive if request.forked else request.alive[:1]:
             if decoding and request.forked and sequence.remaining == 1:
@@ -156,8 +170,8 @@ class Scheduler:
         sample = request.forked and end == len(sequence.tokens)
         asked: int | None = None
         targets: list[int] = []
-        if request.owes_prompt_logprobs and sequence is request.alive[0]:
-            targets = sequence.tokens[start + 1 : min(end + 1, request.prompt_length)]
+        if sampling.prompt_logprobs is not None and request.owes_prompt_logprobs and sequence is request.alive[0]:
+            targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)]
             asked = sampling.prompt_logprobs if targets else None
         if sequence.pending_copy is not None:
             copies.append(sequence.pending_copy)
@@ -173,7 +187,7 @@ class Scheduler:
             choice=sequence.choice,
             position=end,
             history=sequence.tokens,
-            prompt_length=request.prompt_length,
+            prompt_length=sequence.prompt_length,
             prompt_logprobs=asked,
             prompt_targets=targets,
         )

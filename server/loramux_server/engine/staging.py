@@ -89,7 +89,7 @@ class BatchStaging:
         slots = np.fromiter((row.slot for row in rows), dtype=np.int32, count=len(rows))
         segments = 0
         if (slots >= 0).any():
-            lora_fields = _segments(np.repeat(slots, counts))
+            lora_fields = lora_segments(np.repeat(slots, counts))
             segments = len(lora_fields[2])
             fields.extend(lora_fields)
         tensors = self._send(fields)
@@ -152,8 +152,15 @@ def _logit_rows(plan: StepPlan, starts: np.ndarray) -> np.ndarray:
     return np.asarray(wanted, dtype=np.int64)
 
 
-def _segments(token_slots: np.ndarray) -> list[np.ndarray]:
-    """Token order by slot and where each slot's run begins; base tokens (-1) sort first."""
+def lora_segments(token_slots: np.ndarray) -> list[np.ndarray]:
+    """The four fields of `LoraBatch` from each token's slot; base tokens (-1) sort first.
+
+    Args:
+        token_slots: `[T]` int32.
+
+    Returns:
+        Token slots, order, segment slots, segment starts.
+    """
     order = np.argsort(token_slots, kind="stable").astype(np.int32)
     slots, begins = np.unique(token_slots[order], return_index=True)
     return [

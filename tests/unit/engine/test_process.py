@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,7 +61,7 @@ class Process:
         )
         theirs.close()
         self.socket = ours
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
         self.decoder: FrameDecoder[EventFrame] = FrameDecoder(EventFrame)
         self.events: list[Event] = []
         self.frames: list[EventFrame] = []
@@ -97,7 +96,7 @@ class Process:
         return [token for event in mine for token in event.token_ids]
 
     def exit(self) -> tuple[int, list[dict[str, object]]]:
-        _, stderr = self.child.communicate(timeout=20)
+        _, stderr = self.child.communicate(timeout=60)
         return self.child.returncode, [json.loads(line) for line in stderr.splitlines()]
 
 
@@ -152,6 +151,14 @@ def test_sigterm_ends_an_idle_engine() -> None:
         assert process.exit()[0] == 0
 
 
+def test_sigterm_during_start_ends_it_at_once() -> None:
+    with engine(model="slow") as process:
+        assert process.child.stderr is not None
+        assert b"building" in process.child.stderr.readline()
+        process.child.send_signal(signal.SIGTERM)
+        assert process.exit()[0] == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("busy", [True, False])
 def test_parents_death_ends_it(busy: bool) -> None:
     with engine() as process:
@@ -190,14 +197,13 @@ def test_broken_framing_ends_it() -> None:
         assert code == 1 and "exceeds" in str(log[-1]["stack"])
 
 
-def test_laggard_gets_every_token_in_fewer_frames() -> None:
+def test_a_slow_reader_gets_every_token() -> None:
     with engine(kv_pages=2000, max_running=64) as process:
         process.until(lambda event: isinstance(event, Ready))
         process.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         names = [f"r{index}" for index in range(32)]
         process.send(*(add(name, max_tokens=300) for name in names))
         process.until(lambda event: isinstance(event, Started))
-        time.sleep(1.0)  # Lag, so that events pile up in the engine.
         for name in names:
             assert process.done(name).output_tokens == 300
             assert process.tokens(name) == solo_output([1, 2, 3], SamplingSpec(max_tokens=300), "", 0)

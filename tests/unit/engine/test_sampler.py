@@ -12,7 +12,9 @@ from loramux_server.engine.sampler import Sampler, unpack_logprobs
 VOCAB = 50
 
 
-def make_row(spec: SamplingSpec, *, position: int = 8, choice: int = 0, history: tuple[int, ...] = (1, 2, 3), prompt: int = 3) -> RowPlan:
+def make_row(
+    spec: SamplingSpec, *, position: int = 8, choice: int = 0, history: tuple[int, ...] = (1, 2, 3), prompt: int = 3
+) -> RowPlan:
     return RowPlan(
         sequence_id=0,
         token_ids=[0],
@@ -75,7 +77,9 @@ def exact(logits: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
         {"temperature": 1.0, "top_k": 10_000},
     ],
 )
-def test_frequencies_match_the_exact_distribution(sampler: Sampler, logits: torch.Tensor, fields: dict[str, float]) -> None:
+def test_frequencies_match_the_exact_distribution(
+    sampler: Sampler, logits: torch.Tensor, fields: dict[str, float]
+) -> None:
     spec = make_spec(seed=7, **fields)
     expected = exact(logits, spec)
     count = 20_000
@@ -94,7 +98,11 @@ def test_a_token_depends_on_seed_choice_and_position_only(sampler: Sampler, logi
     mixed = sampler.sample(torch.cat([others, logits]), [*rows, make_row(spec, position=4)]).packed[-1, 0]
     assert alone == mixed
     varied = {
-        int(sampler.sample(logits, [make_row(make_spec(temperature=1.0, seed=seed), position=position, choice=choice)]).packed[0, 0])
+        int(
+            sampler.sample(
+                logits, [make_row(make_spec(temperature=1.0, seed=seed), position=position, choice=choice)]
+            ).packed[0, 0]
+        )
         for seed in (1, 2, 3)
         for position in (1, 2, 3)
         for choice in (0, 1, 2)
@@ -112,7 +120,11 @@ def test_greedy_rows_are_untouched_by_sampled_neighbours(sampler: Sampler) -> No
 def test_penalties_bias_and_bans_match_their_definitions(sampler: Sampler, logits: torch.Tensor) -> None:
     history = (4, 4, 9, 9, 9, 12)  # prompt 4 4, output 9 9 9 12
     spec = make_spec(
-        repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={20: 100.0, 21: -5.0}, bad_words=[[9, 12, 20], [33]]
+        repetition_penalty=1.5,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias={20: 100.0, 21: -5.0},
+        bad_words=[[9, 12, 20], [33]],
     )
     row = make_row(spec, history=history, prompt=2)
     adjusted = sampler._adjust(logits, [row], [spec])[0]
@@ -144,7 +156,11 @@ def test_non_finite_rows_are_flagged_alone(sampler: Sampler) -> None:
 
 
 def test_logprobs_are_of_the_raw_logits(sampler: Sampler, logits: torch.Tensor) -> None:
-    rows = [make_row(make_spec(logprobs=3, logit_bias={17: 50.0})), make_row(make_spec()), make_row(make_spec(logprobs=0))]
+    rows = [
+        make_row(make_spec(logprobs=3, logit_bias={17: 50.0})),
+        make_row(make_spec()),
+        make_row(make_spec(logprobs=0)),
+    ]
     sampled = sampler.sample(logits.expand(3, -1), rows)
     with_top, without, chosen_only = unpack_logprobs(sampled.packed[:, 2:], sampled.top, [3, None, 0])
     expected = logits[0].log_softmax(-1)

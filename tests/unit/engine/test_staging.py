@@ -42,7 +42,9 @@ def test_random_plans_match_a_token_by_token_reference() -> None:
     generator = random.Random(3)
     for _ in range(200):
         rows = [
-            make_row(index, start=generator.randrange(20), count=generator.randrange(1, 12), slot=generator.randrange(-1, 4))
+            make_row(
+                index, start=generator.randrange(20), count=generator.randrange(1, 12), slot=generator.randrange(-1, 4)
+            )
             for index in range(generator.randrange(1, 9))
         ]
         batch = staging.build(StepPlan(step=0, rows=rows))

@@ -1,0 +1,146 @@
+"""CUDA graphs of whole forward passes, logits included: a ladder of decode sizes and one of mixed token counts.
+
+A step that fits a rung is padded up to it and replayed: one launch instead of several hundred. Sampling stays outside,
+since penalties and grammars need the last token. What does not fit (prompt log-probabilities, more rows than the
+ladder) runs eagerly.
+"""
+
+import bisect
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.static_batch import BatchShape, StaticBatch
+from loramux_server.model.causal_lm import CausalLM
+from loramux_server.model.slab import LoraSlab
+
+logger = logging.getLogger(__name__)
+
+DECODE_LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of decode graphs; those above `max_running` are left out."""
+
+MIXED_LADDER = (128, 256, 512, 1024, 2048, 4096, 8192)
+"""Tokens of mixed graphs; those above the token budget are left out."""
+
+KV_LADDER = (1024, 4096, 16384, 65536, 262144)
+"""Bounds of KV lengths: they size the grid of split-KV attention."""
+
+
+class ForwardGraphs:
+    """Captured forward passes of one model over one KV pool.
+
+    Args:
+        model: The base.
+        kv: The pool.
+        slab: Adapters; None = base-only graphs.
+        static: The buffers that the graphs read.
+        max_tokens: Token budget of a step.
+        max_sequences: Most sequences of a step.
+        max_model_len: Longest sequence.
+        batch_invariant: Attention's grid follows the KV bound in mixed steps too.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        kv: list[Tensor],
+        slab: LoraSlab | None,
+        static: StaticBatch,
+        max_tokens: int,
+        max_sequences: int,
+        max_model_len: int,
+        batch_invariant: bool,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._slab = slab
+        self._static = static
+        self._batch_invariant = batch_invariant
+        self._decode = _rungs(DECODE_LADDER, max_sequences)
+        self._mixed = _rungs(MIXED_LADDER, max_tokens)
+        self._kv_bounds = _rungs(KV_LADDER, max_model_len)
+        self._logits = torch.zeros(max_sequences, model.spec.vocab_size, dtype=torch.float32, device=model.device)
+        self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __len__(self) -> int:
+        """Captured graphs."""
+        return len(self._graphs)
+
+    def capture(self) -> None:
+        """Capture every shape, the largest first, so that the smaller ones reuse its memory."""
+        began = time.monotonic()
+        shapes = [
+            BatchShape(tokens=tokens, decode=decode, lora=lora, max_kv_length=bound)
+            for decode, rungs in ((False, self._mixed), (True, self._decode))
+            for tokens in reversed(rungs)
+            for lora in ((True, False) if self._slab is not None else (False,))
+            for bound in (self._kv_bounds if decode or self._batch_invariant else self._kv_bounds[-1:])
+        ]
+        with torch.inference_mode():
+            for shape in shapes:
+                self._graphs[shape] = self._capture(shape)
+        torch.cuda.synchronize(self._model.device)
+        logger.info("captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
+
+    def run(self, plan: StepPlan) -> Tensor | None:
+        """Run a plan's forward pass.
+
+        Returns:
+            `[sampled rows, V]` float32 logits, overwritten by the next run; None when no graph fits.
+        """
+        shape = self.shape_of(plan)
+        graph = None if shape is None else self._graphs.get(shape)
+        if shape is None or graph is None:
+            return None
+        self._static.fill(plan, shape)
+        graph.replay()
+        return self._logits[: sum(row.sample for row in plan.rows)]
+
+    def shape_of(self, plan: StepPlan) -> BatchShape | None:
+        """The rung that a plan is padded to, or None."""
+        if any(row.prompt_logprobs is not None for row in plan.rows):
+            return None
+        total = plan.num_tokens
+        # A decode graph projects row i of the batch as logit row i: every row must be sampled.
+        decode = total == len(plan.rows) and all(row.sample for row in plan.rows)
+        tokens = _at_least(self._decode if decode else self._mixed, total)
+        longest = max(row.start + len(row.token_ids) for row in plan.rows)
+        bound = _at_least(self._kv_bounds, longest)
+        if tokens is None or bound is None:
+            return None
+        if not decode and not self._batch_invariant:
+            bound = self._kv_bounds[-1]
+        return BatchShape(
+            tokens=tokens, decode=decode, lora=any(row.slot >= 0 for row in plan.rows), max_kv_length=bound
+        )
+
+    def _capture(self, shape: BatchShape) -> torch.cuda.CUDAGraph:
+        batch = self._static.batch(shape)
+        # The static buffers hold zeros: no sequence has a token, and every write goes to page 0.
+        self._forward(batch_shape=shape)
+        torch.cuda.synchronize(self._model.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden = self._model.forward(batch, self._kv, self._slab if shape.lora else None)
+            self._logits[: len(hidden)].copy_(self._model.logits(hidden))
+        return graph
+
+    def _forward(self, *, batch_shape: BatchShape) -> None:
+        """Warm up: kernels compile and libraries allocate their workspaces outside of the capture."""
+        batch = self._static.batch(batch_shape)
+        self._model.logits(self._model.forward(batch, self._kv, self._slab if batch_shape.lora else None))
+
+
+def _rungs(ladder: tuple[int, ...], limit: int) -> list[int]:
+    """Rungs below the limit, and the limit."""
+    return [*(rung for rung in ladder if rung < limit), limit]
+
+
+def _at_least(rungs: list[int], value: int) -> int | None:
+    place = bisect.bisect_left(rungs, value)
+    return rungs[place] if place < len(rungs) else None

@@ -1,0 +1,178 @@
+"""Batches of fixed shape at fixed addresses: what captured CUDA graphs read.
+
+A plan is padded up to a rung of a ladder of token counts. Padding tokens have position 0, belong to no adapter and
+write to page 0; in decode batches they are sequences of length 1 on page 0, in mixed batches they lie past the last
+sequence. Segments and sequences have room for the most that a step may have, so that one kernel serves every mix.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.staging import lora_segments
+from loramux_server.kernels.batch import ForwardBatch, LoraBatch
+
+_RING = 3
+_ALIGNMENT = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchShape:
+    """Key of a captured graph.
+
+    Attributes:
+        tokens: Packed tokens, padding included.
+        decode: Every sequence has one token; else chunks are mixed in.
+        lora: Any row uses an adapter.
+        max_kv_length: Bound of KV lengths that sizes the attention's grid.
+    """
+
+    tokens: int
+    decode: bool
+    lora: bool
+    max_kv_length: int
+
+
+class StaticBatch:
+    """Pinned host buffers, one static device buffer, and views of it by shape.
+
+    Args:
+        device: A CUDA device.
+        max_tokens: Most packed tokens.
+        max_sequences: Most sequences.
+        max_pages: Most pages of a sequence.
+        max_segments: Most distinct slots in one batch, the base included.
+        page_size: Tokens a page.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        max_tokens: int,
+        max_sequences: int,
+        max_pages: int,
+        max_segments: int,
+        page_size: int,
+    ) -> None:
+        self._page_size = page_size
+        self._max_sequences = max_sequences
+        self._max_segments = max_segments
+        counts = {
+            "token_ids": (max_tokens, 8),
+            "positions": (max_tokens, 8),
+            "kv_slots": (max_tokens, 8),
+            "logit_rows": (max_sequences, 8),
+            "query_starts": (max_sequences + 1, 4),
+            "kv_lengths": (max_sequences, 4),
+            "token_slots": (max_tokens, 4),
+            "order": (max_tokens, 4),
+            "segment_slots": (max_segments, 4),
+            "segment_starts": (max_segments + 1, 4),
+            "table": (max_sequences * max_pages, 4),  # last: copied as far as the plan's widest row reaches
+        }
+        self._spans: dict[str, tuple[int, int, int]] = {}
+        position = 0
+        for name, (count, width) in counts.items():
+            self._spans[name] = (position, count, width)
+            position += -(-count * width // _ALIGNMENT) * _ALIGNMENT
+        self._ring = [torch.zeros(position, dtype=torch.uint8, pin_memory=True) for _ in range(_RING)]
+        self._events: list[torch.cuda.Event | None] = [None] * _RING
+        self._turn = 0
+        self._device_buffer = torch.zeros(position, dtype=torch.uint8, device=device)
+        self._host_views = [{name: self._host_view(buffer, name) for name in counts} for buffer in self._ring]
+        self._views = {name: self._device_view(name) for name in counts}
+        self._table = torch.zeros(max_sequences, max_pages, dtype=torch.int32, device=device)
+
+    def batch(self, shape: BatchShape) -> ForwardBatch:
+        """The static tensors as a batch of this shape."""
+        views = self._views
+        sequences = shape.tokens if shape.decode else self._max_sequences
+        return ForwardBatch(
+            token_ids=views["token_ids"][: shape.tokens],
+            positions=views["positions"][: shape.tokens],
+            kv_slots=views["kv_slots"][: shape.tokens],
+            query_starts=views["query_starts"][: sequences + 1],
+            kv_lengths=views["kv_lengths"][:sequences],
+            page_tables=self._table[:sequences],
+            logit_rows=views["logit_rows"][:sequences],
+            lora=LoraBatch(
+                token_slots=views["token_slots"][: shape.tokens],
+                order=views["order"][: shape.tokens],
+                segment_slots=views["segment_slots"],
+                segment_starts=views["segment_starts"],
+                num_segments=self._max_segments,
+            )
+            if shape.lora
+            else None,
+            max_query_length=1 if shape.decode else shape.tokens,
+            max_kv_length=shape.max_kv_length,
+            page_size=self._page_size,
+        )
+
+    def fill(self, plan: StepPlan, shape: BatchShape) -> None:
+        """Write a plan into the next host buffer, padded to the shape, and start its copy to the device."""
+        turn = self._turn = (self._turn + 1) % _RING
+        pending = self._events[turn]
+        if pending is not None:
+            pending.synchronize()
+        host = self._host_views[turn]
+        rows = plan.rows
+        used = len(rows)
+        counts = np.fromiter((len(row.token_ids) for row in rows), dtype=np.int64, count=used)
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        total = int(starts[-1])
+        first = np.fromiter((row.start for row in rows), dtype=np.int64, count=used)
+        positions = np.arange(total, dtype=np.int64) + np.repeat(first - starts[:-1], counts)
+        width = max(len(row.pages) for row in rows)
+        table = host["table"][: used * width].reshape(used, width)
+        table.fill(0)
+        for index, row in enumerate(rows):
+            table[index, : len(row.pages)] = row.pages
+        page, offset = np.divmod(positions, self._page_size)
+        owner = np.repeat(np.arange(used), counts)
+        tokens = shape.tokens
+        sequences = tokens if shape.decode else self._max_sequences
+        _put(host["token_ids"], [token for row in rows for token in row.token_ids], tokens, 0)
+        _put(host["positions"], positions, tokens, 0)
+        _put(host["kv_slots"], table[owner, page].astype(np.int64) * self._page_size + offset, tokens, 0)
+        sampled = [int(starts[index + 1]) - 1 for index, row in enumerate(rows) if row.sample]
+        _put(host["logit_rows"], sampled, sequences, 0)
+        if shape.decode:
+            host["query_starts"][: sequences + 1] = np.arange(sequences + 1)
+        else:
+            _put(host["query_starts"], starts, sequences + 1, total)
+        _put(host["kv_lengths"], first + counts, sequences, 1)
+        if shape.lora:
+            slots = np.full(tokens, -1, dtype=np.int32)
+            slots[:total] = np.repeat(np.fromiter((row.slot for row in rows), dtype=np.int32, count=used), counts)
+            _, order, segment_slots, segment_starts = lora_segments(slots)
+            host["token_slots"][:tokens] = slots
+            host["order"][:tokens] = order
+            _put(host["segment_slots"], segment_slots, self._max_segments, -1)
+            _put(host["segment_starts"], segment_starts, self._max_segments + 1, tokens)
+        end = self._spans["table"][0] + used * width * 4
+        self._device_buffer[:end].copy_(self._ring[turn][:end], non_blocking=True)
+        self._table[:used, :width].copy_(self._views["table"][: used * width].view(used, width))
+        if used < sequences and shape.decode:
+            self._table[used:sequences, :1].zero_()
+        event = torch.cuda.Event()
+        event.record()
+        self._events[turn] = event
+
+    def _host_view(self, buffer: Tensor, name: str) -> np.ndarray:
+        begin, count, width = self._spans[name]
+        return buffer.numpy()[begin : begin + count * width].view(np.int64 if width == 8 else np.int32)
+
+    def _device_view(self, name: str) -> Tensor:
+        begin, count, width = self._spans[name]
+        return self._device_buffer[begin : begin + count * width].view(torch.int64 if width == 8 else torch.int32)
+
+
+def _put(target: np.ndarray, values: object, size: int, padding: int) -> None:
+    array = np.asarray(values)
+    target[: len(array)] = array
+    target[len(array) : size] = padding

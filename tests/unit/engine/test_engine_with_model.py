@@ -1,0 +1,104 @@
+"""The engine over a real tiny model: batched, chunked, forked, preempted and evicted output equals the solo run."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.messages import Add, Done, PutVersion, SamplingSpec, Stats, Tokens, VersionSpec
+from loramux_server.engine.runner import build_runner
+from tests.support.tiny_models import make_adapter, make_checkpoint
+
+RANKS = (8, 16, 24)
+Output = dict[tuple[str, int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make_checkpoint(directory / "base")
+    for seed, rank in enumerate(RANKS):
+        make_adapter(directory / f"v{seed}", directory / "base", seed=seed, rank=rank)
+    return directory
+
+
+def make_engine(directory: Path, **settings: object) -> tuple[Engine, Callable[[], None]]:
+    fields = {
+        "max_model_len": 100,
+        "page_size": 4,
+        "max_running": 8,
+        "max_batch_tokens": 64,
+        "prefill_chunk": 16,
+        "poison": True,
+    }
+    config = EngineConfig(
+        model=str(directory / "base"),
+        weights="fp32",
+        device="cpu",
+        threads=1,
+        self_test=False,
+        batch_invariant=True,
+        **{**fields, **settings},  # type: ignore[arg-type]
+    )
+    runner = build_runner(config)
+    engine = Engine(config, runner, fingerprint=runner.ready.fingerprint, max_model_len=runner.ready.max_model_len)
+    versions = [f"v{number}" for number in range(len(RANKS))]
+    engine.handle(
+        [PutVersion(spec=VersionSpec(version=v, digest=f"digest-{v}", path=str(directory / v))) for v in versions]
+    )
+    return engine, runner.close
+
+
+def run(engine: Engine, requests: list[Add]) -> tuple[Output, list[Done], Stats]:
+    output: Output = {}
+    ends: list[Done] = []
+    engine.handle(requests)
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Tokens):
+                output.setdefault((event.request_id, event.index), []).extend(event.token_ids)
+            elif isinstance(event, Done):
+                ends.append(event)
+        engine.check_integrity()
+        if engine.stalled:
+            time.sleep(0.001)
+    return output, ends, engine.stats()
+
+
+def make_requests() -> list[Add]:
+    rng = random.Random(1)
+    return [
+        Add(
+            request_id=f"r{number}",
+            prompt_token_ids=([5] * 9 if number % 2 else []) + [rng.randrange(500) for _ in range(rng.randint(1, 20))],
+            sampling=SamplingSpec(
+                max_tokens=rng.randint(3, 20),
+                n=rng.choice([1, 1, 2, 3]),
+                seed=number,
+                temperature=rng.choice([0.0, 1.0]),
+                presence_penalty=rng.choice([0.0, 0.5]),
+            ),
+            version=rng.choice([None, "v0", "v1", "v2"]),
+            fairness_key=f"k{number % 3}",
+        )
+        for number in range(24)
+    ]
+
+
+def test_a_crowded_engine_gives_what_each_request_gets_alone(directory: Path) -> None:
+    requests = make_requests()
+    engine, close = make_engine(directory, kv_pages=27, rank_units=3, max_slots=3)
+    crowded, ends, stats = run(engine, requests)
+    close()
+    assert {end.status for end in ends} == {"finished"} and len(ends) == len(requests)
+    assert stats.preemptions > 0 and stats.adapter_evictions > 0 and stats.prefix_hit_tokens > 0
+    engine, close = make_engine(directory, kv_pages=100, prefix_cache=False, poison=False)
+    alone: Output = {}
+    for request in requests:
+        alone.update(run(engine, [request])[0])
+    close()
+    assert crowded == alone

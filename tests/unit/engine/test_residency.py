@@ -1,0 +1,115 @@
+from loramux_server.engine.adapter_version import Room
+from loramux_server.engine.messages import Completed, Event, VersionState
+from loramux_server.engine.residency import AdapterResidency
+from tests.support.engine_driver import version
+from tests.support.fake_runner import FakeSlab
+
+NOW = 0.0
+
+
+class Slab:
+    """A residency over a fake slab; versions are `a`, `b`, ... of one rank unit unless told."""
+
+    def __init__(self, *, rank_units: int = 4, max_slots: int = 8, units: dict[str, int] | None = None) -> None:
+        sizes = {f"/{name}": size for name, size in (units or {}).items()}
+        self.fake = FakeSlab(rank_units=rank_units, max_slots=max_slots, units=sizes)
+        self.events: list[Event] = []
+        self.forgotten: list[str] = []
+        self.residency = AdapterResidency(self.fake, emit=self.events.append, on_forget=self.forgotten.append)
+        for name in "abcdef":
+            self.residency.put(version(name))
+
+    def load(self, *names: str) -> None:
+        for name in names:
+            assert self.residency.want(name) is Room.LOADING
+            assert self.residency.poll(NOW) == []
+            assert self.residency.want(name) is Room.READY
+            self.residency.end_of_pass()
+
+    def resident(self) -> set[str]:
+        return {path.removeprefix("/") for path in self.fake.resident.values()}
+
+
+def test_a_fresh_load_is_not_evicted_before_its_request_had_its_turn() -> None:
+    slab = Slab(rank_units=1)
+    assert slab.residency.want("a") is Room.LOADING
+    slab.residency.poll(NOW)
+    assert slab.residency.want("b") is Room.NONE
+    slab.residency.end_of_pass()
+    assert slab.residency.want("b") is Room.LOADING
+    assert slab.resident() == {"b"} and slab.residency.evictions == 1
+
+
+def test_room_that_appears_is_noticed() -> None:
+    slab = Slab(rank_units=2, units={"c": 2})
+    slab.load("a", "b")
+    slots = [slab.residency.acquire("a"), slab.residency.acquire("b")]
+    assert len(set(slots)) == 2
+    assert slab.residency.want("c") is Room.NONE and slab.residency.want("d") is Room.NONE
+    slab.residency.release("a")
+    assert slab.residency.want("c") is Room.NONE
+    slab.residency.check_integrity(references={}, uses={"b": 1})
+    slab.residency.release("b")
+    assert slab.residency.want("c") is Room.LOADING
+    slab.residency.check_integrity(references={}, uses={})
+
+
+def test_a_reservation_keeps_newcomers_out_of_its_window_only() -> None:
+    slab = Slab(rank_units=3, units={"b": 2, "c": 2})
+    slab.load("a", "b")
+    slab.residency.acquire("a")
+    for _ in range(3):
+        slab.residency.acquire("a")
+    slab.residency.acquire("b")
+    assert slab.residency.want("c") is Room.NONE
+    slab.residency.reserve("c")
+    assert slab.residency.want("b", newcomer=True) is Room.NONE
+    assert slab.residency.want("b") is Room.READY
+    assert slab.residency.want("a", newcomer=True) is Room.READY
+    slab.residency.release("b")
+    assert slab.residency.want("d", newcomer=True) is Room.NONE
+    assert slab.residency.want("c") is Room.LOADING
+    slab.residency.reserve(None)
+    assert slab.residency.want("b", newcomer=True) is Room.NONE
+
+
+def test_a_reservation_follows_what_older_requests_load() -> None:
+    slab = Slab(rank_units=2, units={"c": 2})
+    slab.load("a")
+    slab.residency.acquire("a")
+    assert slab.residency.want("c") is Room.NONE
+    slab.residency.reserve("c")
+    assert slab.residency.want("b") is Room.LOADING
+    slab.residency.poll(NOW)
+    slab.residency.acquire("b")
+    slab.residency.reserve("c")
+    assert slab.residency.want("a", newcomer=True) is Room.NONE
+    assert slab.residency.want("b", newcomer=True) is Room.NONE
+
+
+def test_events_tell_every_change_of_residency() -> None:
+    slab = Slab(rank_units=1)
+    slab.load("a")
+    slab.residency.bind("a")
+    slab.residency.drop("a")
+    slab.residency.want("b")
+    slab.residency.unbind("a")
+    states = [(e.version, e.residency, e.references, e.dropped) for e in slab.events if isinstance(e, VersionState)]
+    assert states == [("a", "gpu", 0, False), ("a", "store", 1, False), ("a", "store", 0, True)]
+    assert slab.forgotten == ["a"]
+
+
+def test_operations_are_answered_once() -> None:
+    slab = Slab()
+    slab.residency.preload("p1", "a", NOW)
+    slab.residency.preload("p2", "a", NOW)
+    slab.residency.poll(NOW)
+    slab.residency.acquire("a")
+    slab.residency.unload("u1", "a")
+    slab.residency.unload("u2", "a")
+    assert slab.residency.want("a") is Room.NONE
+    slab.residency.release("a")
+    slab.residency.unload("u3", "a")
+    answered = [event.operation_id for event in slab.events if isinstance(event, Completed)]
+    assert answered == ["p1", "p2", "u1", "u2", "u3"]
+    assert slab.resident() == set()
