@@ -73,15 +73,12 @@ class AdapterTable:
         except KeyError:
             raise AccessDenied(Reason.PERMISSION_DENIED, "the credential may not act for the named tenant") from None
 
-    def resolve(
-        self, tenant: str, adapter: str | None, *, pin: bool = False, field: str = "adapter"
-    ) -> ResolvedAdapter:
+    def resolve(self, tenant: str, adapter: str | None, *, field: str = "adapter") -> ResolvedAdapter:
         """Find what a request runs on.
 
         Args:
             tenant: The acted-for tenant.
             adapter: The request's field; None = absent.
-            pin: Bind an adapter to its serving version now instead of at admission.
             field: Name of the request's field, for errors.
 
         Raises:
@@ -104,8 +101,7 @@ class AdapterTable:
             reference = parse_reference(adapter, tenant, field)
         state = self.state_of(tenant, reference)
         if reference.version is None:
-            serving = state.adapter.serving
-            if not serving:
+            if not state.adapter.traffic:
                 raise NotFound(
                     Reason.ADAPTER_NOT_FOUND,
                     f"adapter {reference.adapter!r} has no version in its traffic; put one there by UpdateAdapter, or "
@@ -113,9 +109,7 @@ class AdapterTable:
                     field=field,
                     metadata={"adapter": reference.adapter},
                 )
-            if not pin:
-                return ResolvedAdapter(tenant=owner, alias=state.adapter.name, revision=self.revision)
-            reference = dataclasses.replace(reference, version=serving)
+            return ResolvedAdapter(tenant=owner, alias=state.adapter.name, revision=self.revision)
         version = ready_version(state, reference)
         return ResolvedAdapter(tenant=owner, version=version.key, digest=version.digest, revision=self.revision)
 

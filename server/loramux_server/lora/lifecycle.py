@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from loramux_server.engine.messages import Command, VersionState
 from loramux_server.errors import InvalidRequest, LoramuxServerError, Reason, Unavailable
 from loramux_server.lora.adapter_table import AdapterTable, check_owner, ready_version
-from loramux_server.lora.engine_link import EngineLink, ResolvedAdapter
+from loramux_server.lora.engine_link import EngineLink
 from loramux_server.lora.upload_request import UploadLimits, UploadRequest
 from loramux_server.lora.uploads import AdapterValidator, Upload, UploadSession, UploadSessions, ValidatedAdapter
 from loramux_server.lora.watch import HEARTBEAT_SECONDS, WatchHub
@@ -102,12 +102,6 @@ class AdapterLifecycle:
     def revision(self) -> int:
         """Newest registry revision that this replica serves."""
         return self.table.revision
-
-    async def resolve(
-        self, tenant: str, adapter: str | None, *, pin: bool = False, field: str = "adapter"
-    ) -> ResolvedAdapter:
-        """Find what a request runs on, from memory; see `AdapterTable.resolve`."""
-        return self.table.resolve(tenant, adapter, pin=pin, field=field)
 
     # --- the engine ------------------------------------------------------------------------------------------------
 
@@ -318,8 +312,7 @@ class AdapterLifecycle:
         async def run() -> Change[R]:
             async with self._order:
                 change = await asyncio.to_thread(mutate)
-                if not change.replayed:
-                    self.table.apply(change)
+                self.table.apply(change)
                 return change
 
         return await asyncio.shield(self._spawn(run()))
@@ -335,7 +328,7 @@ class AdapterLifecycle:
         in_use = self.registry.begin_object(tenant, digest)
         try:
             self._store.place(tenant, digest, session.directory, in_use=in_use)
-            return self.registry.commit_version(
+            change = self.registry.commit_version(
                 NewVersion(
                     tenant=tenant,
                     adapter=adapter,
@@ -352,14 +345,21 @@ class AdapterLifecycle:
                 key=key,
             )
         except LoramuxServerError:
-            if self.registry.abandon_object(tenant, digest):
-                self._store.remove(tenant, digest)
+            # The client may finish again, so the bytes go back to where its upload has them.
+            if not in_use:
+                self._store.take_back(tenant, digest, session.directory)
+            self.registry.abandon_object(tenant, digest)
             raise
+        self._store.discard_upload(session.directory)
+        return change
 
     async def _finish_drain(self, key: str) -> None:
         async with self._order:
             if key in self.table.draining:
-                await asyncio.to_thread(self._remove_drained, key)
+                try:
+                    await asyncio.to_thread(self._remove_drained, key)
+                except Unavailable:
+                    _log.warning("a deleted version stays in the store until the next start", exc_info=True)
                 self.table.draining.discard(key)
 
     def _remove_drained(self, key: str) -> None:
@@ -373,13 +373,16 @@ class AdapterLifecycle:
         self.registry.forget_objects()
 
     def _find_tensors(self, tenant: str, file: FileRecord) -> Path | None:
-        digest = self.registry.find_tensors(tenant, file.name, file.sha256, file.size)
+        digest = self.registry.find_tensors(tenant, file)
         return None if digest is None else self._store.path(tenant, digest) / file.name
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            await self._uploads.expire()
+            try:
+                await self._uploads.expire()
+            except Unavailable:
+                _log.warning("an expired upload stays in the store until the next start", exc_info=True)
 
     def _spawn(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         task = asyncio.create_task(work)

@@ -27,7 +27,7 @@ from loramux_server.errors import (
 from loramux_server.lora import worker_messages as wire
 
 # The worker reads hostile files: it gets nothing of the environment that it does not need.
-_ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "COVERAGE_PROCESS_START")
+_ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from loramux_server.errors import Reason, Unavailable
 from loramux_server.tenancy import schema
+from loramux_server.tenancy.filesystem import network_type
 
 
 class RegistryError(RuntimeError):
@@ -32,12 +33,17 @@ class Database:
         path: The file; its directory exists.
 
     Raises:
-        RegistryError: It is no registry, or cannot be opened.
+        RegistryError: It is no registry, cannot be opened, or is on a network file system.
         SchemaTooNew: It has a schema newer than this release knows.
     """
 
     def __init__(self, path: Path) -> None:
         self._writer = threading.Lock()
+        network = network_type(path)
+        if network is not None:
+            raise RegistryError(
+                f"{path} is on a network file system ({network}), where SQLite loses data; give a local directory"
+            )
         try:
             # Made before SQLite does: the tenants' salts are for the server's own user only.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))

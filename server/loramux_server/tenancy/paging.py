@@ -12,6 +12,7 @@ from loramux_server.errors import InvalidRequest, Reason
 DEFAULT_PAGE = 100
 LARGEST_PAGE = 1000
 _LONGEST_TOKEN = 512
+_MOST_DIGITS = 18  # fits the database's 64-bit integers
 
 
 class _Token(msgspec.Struct, frozen=True, array_like=True):
@@ -63,6 +64,20 @@ def read_token(token: str, query: Sequence[str]) -> str | None:
     if parsed.query != _digest(query):
         raise _refused()
     return parsed.position
+
+
+def read_number(token: str, query: Sequence[str]) -> int | None:
+    """As `read_token`, for positions that are revisions.
+
+    Raises:
+        InvalidRequest: As `read_token`, or the position is no revision: tokens can be forged.
+    """
+    position = read_token(token, query)
+    if position is None:
+        return None
+    if not (position.isascii() and position.isdigit() and len(position) <= _MOST_DIGITS):
+        raise _refused()
+    return int(position)
 
 
 def _digest(query: Sequence[str]) -> bytes:

@@ -211,15 +211,16 @@ class RegistryReader:
             if idempotency.recall(connection, key, now) is None:
                 idempotency.remember(connection, key, b"null", now)
 
-    def find_tensors(self, tenant: str, name: str, sha256: str, size: int) -> str | None:
-        """Digest of a READY version of the tenant that holds this very file; None = none does."""
-        wanted = FileRecord(name=name, size=size, sha256=sha256)
+    def find_tensors(self, tenant: str, file: FileRecord) -> str | None:
+        """Digest of a READY version of the tenant that holds this very tensor file; None = none does."""
         with self._database.read() as connection:
-            for row in connection.execute(
-                select(_versions.digest, _versions.files).where(
-                    _versions.tenant == tenant, _versions.state == VersionState.READY
+            rows = connection.execute(
+                select(schema.versions)
+                .where(
+                    _versions.tenant == tenant,
+                    _versions.tensors_sha256 == file.sha256,
+                    _versions.state == VersionState.READY,
                 )
-            ):
-                if wanted in msgspec.json.decode(row.files, type=tuple[FileRecord, ...]):
-                    return str(row.digest)
-        return None
+                .limit(1)
+            )
+            return next((row.digest for row in rows if file in version_of(row).files), None)

@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
+from loramux_base.adapter import TENSORS_NAME
 from loramux_server.errors import FailedPrecondition, InvalidRequest, Reason
 from loramux_server.tenancy import idempotency, schema
 from loramux_server.tenancy.changes import Change, Deletion, RegistryLimits
@@ -126,6 +127,7 @@ class Registry(RegistryReader):
                     digest=new.digest,
                     state=VersionState.READY.value,
                     files=msgspec.json.encode(new.files),
+                    tensors_sha256=next((file.sha256 for file in new.files if file.name == TENSORS_NAME), ""),
                     max_rank=new.max_rank,
                     modules=msgspec.json.encode(new.modules),
                     slab_units=new.slab_units,
@@ -271,7 +273,7 @@ class Registry(RegistryReader):
         tenant, adapter = reference.tenant, reference.adapter
 
         def commit(connection: Connection, now: float) -> Deletion:
-            owner = require_adapter(connection, tenant, adapter)
+            owner = require_adapter(connection, tenant, adapter, reference.version)
             version = require_version(connection, reference)
             if version.state is not VersionState.READY:
                 return Deletion(revision=revision_of(connection), versions=(version,))
@@ -334,16 +336,11 @@ class Registry(RegistryReader):
             )
             return not in_use(connection, tenant, digest)
 
-    def abandon_object(self, tenant: str, digest: str) -> bool:
-        """Take a note of `begin_object` back.
-
-        Returns:
-            Whether the object may leave the store: no version uses it.
-        """
+    def abandon_object(self, tenant: str, digest: str) -> None:
+        """Take a note of `begin_object` back: the object is not in the store, or a version uses it."""
         table = schema.pending_objects
         with self._database.write() as connection:
             connection.execute(delete(table).where(table.c.tenant == tenant, table.c.digest == digest))
-            return not in_use(connection, tenant, digest)
 
     def recover(self) -> list[tuple[str, str]]:
         """Settle what the last run left: nothing runs, so every DRAINING version is DELETED.

@@ -88,15 +88,15 @@ def one_adapter(tenant: str, adapter: str) -> Select[Any]:
     return select(schema.adapters).where(_adapters.tenant == tenant, _adapters.adapter == adapter)
 
 
-def require_adapter(connection: Connection, tenant: str, adapter: str) -> AdapterRecord:
-    """Read an adapter.
+def require_adapter(connection: Connection, tenant: str, adapter: str, version: str | None = None) -> AdapterRecord:
+    """Read an adapter; `version` only completes the name in the error.
 
     Raises:
         NotFound: ADAPTER_NOT_FOUND.
     """
     row = connection.execute(one_adapter(tenant, adapter)).one_or_none()
     if row is None:
-        raise adapter_not_found(AdapterReference(tenant=tenant, adapter=adapter))
+        raise adapter_not_found(AdapterReference(tenant=tenant, adapter=adapter, version=version))
     return adapter_of(row)
 
 

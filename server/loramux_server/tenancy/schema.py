@@ -56,6 +56,7 @@ versions = Table(
     Column("digest", String(64), primary_key=True),
     Column("state", String(16), nullable=False),
     Column("files", LargeBinary, nullable=False),
+    Column("tensors_sha256", String(64), nullable=False),
     Column("max_rank", Integer, nullable=False),
     Column("modules", LargeBinary, nullable=False),
     Column("slab_units", Integer, nullable=False),
@@ -65,6 +66,7 @@ versions = Table(
     Column("create_time", Float, nullable=False),
     Column("revision", Integer, nullable=False),
     Index("versions_by_object", "tenant", "digest"),
+    Index("versions_by_tensors", "tenant", "tensors_sha256"),
     Index("versions_by_revision", "tenant", "adapter", "revision"),
 )
 

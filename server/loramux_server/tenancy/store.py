@@ -1,10 +1,10 @@
-"""The local adapter store: `<root>/<tenant>/<digest>/`, immutable directories named by their content.
+"""The local adapter store: `<root>/objects/<tenant>/<digest>/`, immutable directories named by their content.
 
 ```
 <root>/.lock            held by flock for the life of a server
 <root>/.uploads/<id>/   uploads in progress; nothing survives a start
 <root>/.trash/<id>/     on their way out; nothing survives a start
-<root>/<tenant>/<digest>/adapter_config.json, adapter_model.safetensors, [loramux_manifest.json]
+<root>/objects/<tenant>/<digest>/adapter_config.json, adapter_model.safetensors, [loramux_manifest.json]
 ```
 
 A directory gets its final name by one rename, after its files and before its parent are synced; it leaves by one rename
@@ -25,6 +25,7 @@ from loramux_server.tenancy.names import DIGEST, NAME
 _LOCK = ".lock"
 _UPLOADS = ".uploads"
 _TRASH = ".trash"
+_OBJECTS = "objects"
 
 
 class StoreError(RuntimeError):
@@ -90,8 +91,10 @@ class LocalStore:
         self._root = root.absolute()
         self._lock = DirectoryLock(self._root)
         try:
-            for name in (_UPLOADS, _TRASH):
+            for name in (_UPLOADS, _TRASH, _OBJECTS):
                 (self._root / name).mkdir(mode=0o700, exist_ok=True)
+            _sync(self._root)
+            for name in (_UPLOADS, _TRASH):
                 for left in (self._root / name).iterdir():
                     _remove_tree(left)
         except OSError as error:
@@ -107,7 +110,7 @@ class LocalStore:
     def path(self, tenant: str, digest: str) -> Path:
         """Directory of an object, whether it exists or not."""
         assert NAME.fullmatch(tenant) and DIGEST.fullmatch(digest), "only checked names become paths"
-        return self._root / tenant / digest
+        return self._root / _OBJECTS / tenant / digest
 
     def contains(self, tenant: str, digest: str) -> bool:
         """Whether an object is there."""
@@ -125,14 +128,14 @@ class LocalStore:
         return directory
 
     def place(self, tenant: str, digest: str, directory: Path, *, in_use: bool) -> None:
-        """Move a complete directory to its final name.
+        """Move a complete directory to its final name, unless the object is there for good.
 
         Args:
             tenant: Owner.
             digest: Its version digest.
-            directory: Made by `new_upload`; gone afterwards.
-            in_use: A version uses the object already: what is there stays. Otherwise what is there was never committed
-                and gives way.
+            directory: Made by `new_upload`.
+            in_use: A version uses the object already: what is there stays, and so does `directory`. Otherwise what is
+                there was never committed and gives way.
 
         Raises:
             Unavailable: STORE_UNAVAILABLE.
@@ -141,7 +144,6 @@ class LocalStore:
         with store_errors():
             if target.exists():
                 if in_use:
-                    _remove_tree(directory)
                     return
                 self.remove(tenant, digest)
             for file in directory.iterdir():
@@ -150,9 +152,21 @@ class LocalStore:
             _sync(directory)
             if not target.parent.is_dir():
                 target.parent.mkdir(mode=0o700, exist_ok=True)
-                _sync(self._root)
+                _sync(target.parent.parent)
             directory.rename(target)
             _sync(target.parent)
+
+    def take_back(self, tenant: str, digest: str, directory: Path) -> None:
+        """Undo `place` of an object that was not committed; nothing happens if it did not get that far.
+
+        Raises:
+            Unavailable: STORE_UNAVAILABLE.
+        """
+        target = self.path(tenant, digest)
+        with store_errors():
+            if target.exists() and not directory.exists():
+                target.rename(directory)
+                _sync(target.parent)
 
     def remove(self, tenant: str, digest: str) -> None:
         """Delete an object; a missing one is no error.

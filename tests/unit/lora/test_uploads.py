@@ -1,5 +1,7 @@
 import asyncio
 import hashlib
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -133,14 +135,19 @@ async def test_a_wrong_offset_says_the_right_one(uploads: Uploads, offset: int) 
 async def test_chunks_and_total_are_bounded(uploads: Uploads) -> None:
     started = await uploads.sessions.start(T, upload_request(b"0123456789"))
     for data in (b"", b"x" * 1025, b"x" * 11):
-        await refused(
-            uploads.sessions.write(T, started.upload_id, 0, data), InvalidRequest, Reason.INVALID_PARAMETER
-        )
+        await refused(uploads.sessions.write(T, started.upload_id, 0, data), InvalidRequest, Reason.INVALID_PARAMETER)
     assert (await uploads.sessions.get(T, started.upload_id)).committed_bytes == 0
 
 
-async def test_concurrent_writers_cannot_mix_bytes(uploads: Uploads) -> None:
+async def test_concurrent_writers_cannot_mix_bytes(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
     started = await uploads.sessions.start(T, upload_request(DATA))
+    real = os.pwrite
+
+    def slow(descriptor: int, data: bytes, offset: int) -> int:
+        time.sleep(0.01)  # long enough for the other threads to look at the offset
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
     outcomes = await asyncio.gather(
         *(uploads.sessions.write(T, started.upload_id, 0, DATA[:1024]) for _ in range(8)), return_exceptions=True
     )
@@ -292,8 +299,6 @@ async def test_a_known_file_that_is_gone_is_sent(uploads: Uploads) -> None:
 
 
 async def test_a_full_disk_leaves_the_committed_bytes(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     started = await uploads.sessions.start(T, upload_request(DATA))
     await uploads.sessions.write(T, started.upload_id, 0, DATA[:1024])
 
@@ -311,8 +316,6 @@ async def test_a_full_disk_leaves_the_committed_bytes(uploads: Uploads, monkeypa
 
 
 async def test_a_short_write_is_completed(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data)[:100], offset))
     upload_id = await uploads.upload()

@@ -54,7 +54,9 @@ def test_another_tenant_is_refused_without_its_name(tenant: str) -> None:
     assert "acme" not in caught.value.message
 
 
-@pytest.mark.parametrize("method", ["/loramux.v1.AdapterService/Nothing", "", "/x/y", "loramux.v1.ModelService/GetModel"])
+@pytest.mark.parametrize(
+    "method", ["/loramux.v1.AdapterService/Nothing", "", "/x/y", "loramux.v1.ModelService/GetModel"]
+)
 def test_a_method_without_a_policy_is_refused(method: str) -> None:
     with pytest.raises(AccessDenied):
         Access().authorize(method, {})

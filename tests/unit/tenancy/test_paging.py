@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_server.errors import InvalidRequest
-from loramux_server.tenancy.paging import check_page_size, make_token, read_token
+from loramux_server.tenancy.paging import check_page_size, make_token, read_number, read_token
 
 QUERY = ("ListAdapters", "default", "")
 
@@ -31,6 +31,14 @@ def test_a_token_of_another_query_is_refused(query: tuple[str, ...]) -> None:
 def test_a_long_token_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         read_token("A" * 100_000, QUERY)
+
+
+@pytest.mark.parametrize("position", ["", "x", "-1", "1e3", "\u0663", "9" * 19, "0x1", "1_0"])
+def test_a_forged_number_is_refused(position: str) -> None:
+    assert read_number(make_token(QUERY, "17"), QUERY) == 17
+    assert read_number("", QUERY) is None
+    with pytest.raises(InvalidRequest):
+        read_number(make_token(QUERY, position), QUERY)
 
 
 def test_page_sizes() -> None:

@@ -48,7 +48,17 @@ def test_what_is_in_use_stays(store: LocalStore) -> None:
     store.place("default", D, filled(store, "first"), in_use=False)
     second = filled(store, "second")
     store.place("default", D, second, in_use=True)
-    assert content(store) == "first" and not second.exists()
+    assert content(store) == "first" and second.exists()
+    store.discard_upload(second)
+
+
+def test_what_was_not_committed_can_be_taken_back(store: LocalStore) -> None:
+    directory = filled(store)
+    store.take_back("default", D, directory)
+    store.place("default", D, directory, in_use=False)
+    store.take_back("default", D, directory)
+    assert not store.contains("default", D)
+    assert (directory / "adapter_model.safetensors").read_text() == "data"
 
 
 def test_removal_is_complete_and_repeatable(store: LocalStore, tmp_path: Path) -> None:
@@ -122,6 +132,11 @@ def test_a_failing_file_system_is_unavailable_without_a_path(
     assert caught.value.reason is Reason.STORE_UNAVAILABLE
     assert str(tmp_path) not in caught.value.message
     assert not store.contains("default", D)
+
+
+def test_no_tenant_can_collide_with_the_store_itself(store: LocalStore, tmp_path: Path) -> None:
+    for tenant in ("objects", "registry.sqlite"):
+        assert store.path(tenant, D).parent.parent == tmp_path / "store" / "objects"
 
 
 def test_only_checked_names_become_paths(store: LocalStore) -> None:

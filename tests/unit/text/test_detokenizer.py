@@ -1,9 +1,9 @@
 import pytest
-from loramux_server.text.detokenizer import IncrementalDetokenizer
-from loramux_server.text.tokenizer import Tokenizer
 from tokenizers import Regex, decoders, models
 from tokenizers import Tokenizer as Backend
 
+from loramux_server.text.detokenizer import IncrementalDetokenizer
+from loramux_server.text.tokenizer import Tokenizer
 from tests.support.tiny_tokenizers import byte_level, pieces, word_piece
 
 TEXTS = ["Hello world", "你好,世界", "😀🎉 ok", "  two  spaces ", "naïve coffee", "\t\n\n", "", "👩‍👩‍👧"]

@@ -1,4 +1,5 @@
 import pytest
+
 from loramux_server.text.stop import StopMatch, StopMatcher
 
 

@@ -2,9 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loramux_server.text.tokenizer import Tokenizer, TokenizerError
 from transformers import PreTrainedTokenizerFast
 
+from loramux_server.text.tokenizer import Tokenizer, TokenizerError
 from tests.support.tiny_tokenizers import byte_level, pieces, write_tokenizer
 
 TEXTS = ["Hello world", " 你好 😀", "<|im_start|>user\nhi<|im_end|>", "", "a  b\n"]
