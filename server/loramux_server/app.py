@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -13,16 +12,17 @@ from opentelemetry.sdk.trace import SpanProcessor
 from loramux_base.template import ChatTemplate, TemplateError
 from loramux_server.base import describe_base
 from loramux_server.config import ConfigError, ServerConfig
-from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.messages import Ready, Stats
-from loramux_server.errors import Reason, Unavailable
+from loramux_server.engine_process import LaunchEngine, engine_config, launch_subprocess
 from loramux_server.hub import resolve_model
 from loramux_server.lora.lifecycle import AdapterLifecycle
 from loramux_server.lora.uploads import AdapterValidator
+from loramux_server.lora.validation import ServedBase, ValidationWorker
+from loramux_server.rpc.adapter_service import SERVICE as ADAPTER_SERVICE
 from loramux_server.rpc.adapter_service import AdapterService
 from loramux_server.rpc.admission import AdmissionGate
 from loramux_server.rpc.call import Method
-from loramux_server.rpc.engine_client import EngineClient
+from loramux_server.rpc.engine_client import EngineClient, engine_unavailable
 from loramux_server.rpc.generation_service import GenerationService
 from loramux_server.rpc.limits import Limits
 from loramux_server.rpc.model_service import ModelService
@@ -32,14 +32,7 @@ from loramux_server.rpc.replica import BaseModel, Phase, ReplicaView
 from loramux_server.rpc.resolver import TableResolver
 from loramux_server.rpc.server import GrpcServer, HealthState, PortInUse, Transport, service_names
 from loramux_server.rpc.token_bytes import token_bytes_of
-from loramux_server.supervisor import (
-    CrashLoop,
-    EngineStartupError,
-    LaunchEngine,
-    RestartPolicy,
-    Supervisor,
-    launch_subprocess,
-)
+from loramux_server.supervisor import CrashLoop, EngineStartupError, RestartPolicy, Supervisor
 from loramux_server.telemetry.probe import ProbeServer, ProbeSources
 from loramux_server.telemetry.setup import build_telemetry
 from loramux_server.tenancy.access import Access
@@ -48,6 +41,7 @@ from loramux_server.tenancy.names import shown_version
 from loramux_server.tenancy.registry import Registry
 from loramux_server.tenancy.store import LocalStore, StoreError
 from loramux_server.text.tokenizer import Tokenizer, TokenizerError
+from loramux_server.version import server_version
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +57,7 @@ class App:
         self,
         config: ServerConfig,
         *,
-        version: str,
+        version: str | None = None,
         launch: LaunchEngine | None = None,
         policy: RestartPolicy | None = None,
         transport: Transport | None = None,
@@ -74,7 +68,7 @@ class App:
 
         Args:
             config: Settings.
-            version: Of the software.
+            version: Of the software; None = the installed one.
             launch: Starts engines; None = engine processes for `config`.
             policy: When a dying engine is given up.
             transport: Connection settings.
@@ -82,14 +76,14 @@ class App:
             validator: Checks uploads; None = the worker process.
         """
         self.config = config
-        self.version = version
+        self.version = server_version() if version is None else version
         self.replica_id = config.replica_id or socket.gethostname()[:63]
         self.engine = EngineClient()
         self.gate = AdmissionGate(max_queued=config.max_queued)
         self.telemetry = build_telemetry(
             queued=lambda: self.gate.queued,
             replica_id=self.replica_id,
-            version=version,
+            version=self.version,
             otlp_endpoint=config.otlp_endpoint,
             span_processor=span_processor,
         )
@@ -122,7 +116,7 @@ class App:
 
     async def _start(self) -> None:
         config = self.config
-        self._cleanup.callback(self.telemetry.close)
+        self._cleanup.push_async_callback(asyncio.to_thread, self.telemetry.close)
         try:
             model = await asyncio.to_thread(resolve_model, config.model)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, model)
@@ -177,7 +171,8 @@ class App:
         )
         supervisor = Supervisor(
             self.engine,
-            self._launch or launch_subprocess(self._engine_config(model)),
+            self._launch or launch_subprocess(engine_config(config, model)),
+            prepare=self._prepare,
             resync=self.lifecycle.engine_state,
             on_serving=self._on_serving,
             on_restart=self._on_engine_lost,
@@ -197,12 +192,17 @@ class App:
         except RegistryError as error:
             store.close()
             raise ServeError(f"--store {root}: {error}") from error
+        validator = self._validator
+        if validator is None:
+            validator = worker = ValidationWorker(
+                model / "config.json",
+                max_rank=self.config.max_rank,
+                base=self._served_base,
+                allow_unverified=self.config.allow_unverified_adapters,
+            )
+            self._cleanup.push_async_callback(worker.close)
         lifecycle = AdapterLifecycle(
-            registry,
-            store,
-            self._validator or self._build_validator(model),
-            self.engine,
-            allow_unverified=self.config.allow_unverified_adapters,
+            registry, store, validator, self.engine, allow_unverified=self.config.allow_unverified_adapters
         )
         self._cleanup.push_async_callback(lifecycle.close)
         await lifecycle.start()
@@ -215,13 +215,12 @@ class App:
             methods,
             authorizer=access,
             observe=self.telemetry.observe_rpc,
+            endless=frozenset({f"/{ADAPTER_SERVICE}/WatchAdapters"}),
             slow_reader=SlowReader(seconds=config.slow_reader_seconds),
         )
         self.health = HealthState(services)
         await self.health.set(False)
-        server = GrpcServer(
-            self.pipeline, self.health, services, transport=self._transport, reflect=config.reflection
-        )
+        server = GrpcServer(self.pipeline, self.health, services, transport=self._transport, reflect=config.reflection)
         self._cleanup.push_async_callback(server.stop)
         try:
             self.port = await server.start(config.host, config.port)
@@ -240,6 +239,7 @@ class App:
             except OSError as error:
                 raise ServeError(f"--probe {config.probe}: cannot listen there: {error.strerror}") from error
             self._cleanup.push_async_callback(probe.close)
+            _log.info("probe listens on %s:%d", address[0], self.probe_port)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -291,7 +291,7 @@ class App:
         """
         ready = self._last_ready = self.engine.ready or self._last_ready
         if ready is None:
-            raise Unavailable(Reason.ENGINE_UNAVAILABLE, "the engine is starting; retry in a moment", retry_after=1.0)
+            raise engine_unavailable("the engine is starting")
         return ready
 
     def base(self) -> BaseModel:
@@ -300,9 +300,13 @@ class App:
         Raises:
             Unavailable: ENGINE_UNAVAILABLE, no engine has been ready yet.
         """
-        self.last_ready()
-        assert self._base is not None, "described before the first request is accepted"
+        if self._base is None:
+            raise engine_unavailable("the engine is starting")
         return self._base
+
+    def _served_base(self) -> ServedBase:
+        base = self.base()
+        return ServedBase(fingerprint=base.fingerprint, parts=base.fingerprint_parts)
 
     def phase(self) -> Phase:
         """Phase of the server's life."""
@@ -327,34 +331,15 @@ class App:
             max_prompt_bytes=self.config.max_prompt_bytes,
         )
 
-    def _engine_config(self, model: Path) -> EngineConfig:
-        config = self.config
-        return EngineConfig(
-            model=str(model),
-            weights=config.weights,
-            device=config.device,
-            max_model_len=config.max_model_len,
-            kv_pages=config.kv_pages,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_running=config.max_running,
-            max_batch_tokens=config.max_batch_tokens,
-            prefix_cache=config.prefix_cache,
-            max_rank=config.max_rank,
-            rank_units=config.rank_units,
-            max_slots=config.max_slots,
-            batch_invariant=config.batch_invariant,
-            shadow=config.shadow,
-            threads=config.threads,
-            self_test=config.self_test,
-        )
-
     def _on_stats(self, stats: Stats) -> None:
         self.telemetry.engine.update(stats)
 
+    async def _prepare(self, ready: Ready) -> None:
+        if self._base is None:
+            self._base = await asyncio.to_thread(self._describe, ready)
+
     async def _on_serving(self, serving: bool) -> None:
         if serving:
-            if self._base is None:
-                self._base = await asyncio.to_thread(self._describe, self.last_ready())
             self.ready.set()
         else:
             self.ready.clear()
@@ -374,13 +359,20 @@ class App:
 
 
 @contextlib.asynccontextmanager
-async def serve(config: ServerConfig, *, version: str, launch: LaunchEngine | None = None) -> AsyncIterator[App]:
+async def serve(
+    config: ServerConfig,
+    *,
+    version: str | None = None,
+    launch: LaunchEngine | None = None,
+    validator: AdapterValidator | None = None,
+) -> AsyncIterator[App]:
     """Run a server inside this process and event loop, ready to serve.
 
     Args:
         config: Settings.
-        version: Of the software.
+        version: Of the software; None = the installed one.
         launch: Starts engines; None = engine processes.
+        validator: Checks uploads; None = the worker process.
 
     Yields:
         The running server, once its engine is ready.
@@ -388,7 +380,7 @@ async def serve(config: ServerConfig, *, version: str, launch: LaunchEngine | No
     Raises:
         ServeError: It cannot start as configured.
     """
-    app = App(config, version=version, launch=launch)
+    app = App(config, version=version, launch=launch, validator=validator)
     await app.start()
     try:
         await _until_ready(app)
@@ -409,52 +401,3 @@ async def _until_ready(app: App) -> None:
         for task in (ready, failed):
             task.cancel()
         await asyncio.gather(ready, failed, return_exceptions=True)
-
-
-async def run_until_stopped(config: ServerConfig, *, version: str) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
-
-    Args:
-        config: Settings.
-        version: Of the software.
-
-    Returns:
-        The exit code: 0, or 1 when the engine cannot be kept alive.
-
-    Raises:
-        ServeError: It cannot start as configured.
-    """
-    loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    app = App(config, version=version)
-    if config.host not in ("127.0.0.1", "::1", "localhost"):
-        _log.warning("listening on %s without TLS and without credentials, as asked for", config.host)
-    await app.start()
-    stopped = asyncio.create_task(signals.get())
-    failed = asyncio.create_task(app.wait())
-    ready = asyncio.create_task(app.ready.wait())
-    try:
-        await asyncio.wait((stopped, failed, ready), return_when=asyncio.FIRST_COMPLETED)
-        if ready.done() and not failed.done():
-            print(f"loramux serving on {config.host}:{app.port}", flush=True)
-            await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
-        if failed.done():
-            try:
-                failed.result()
-            except CrashLoop as error:
-                _log.critical("%s", error)
-                return 1
-        again = asyncio.create_task(signals.get())
-        drained = asyncio.create_task(app.drain())
-        await asyncio.wait((again, drained), return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
-        drained.cancel()
-        return 0
-    finally:
-        for task in (stopped, failed, ready):
-            task.cancel()
-        await app.stop()
-        await asyncio.gather(stopped, failed, ready, return_exceptions=True)
-

@@ -9,11 +9,11 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from loramux_server.config import OPTIONS, ConfigError, Option, ServerConfig, load_config, show_config
+from loramux_server.version import server_version
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -23,14 +23,6 @@ EXIT_INTERRUPTED = 130
 
 class UsageError(Exception):
     """Something that the operator has to change; the message is the one line that they see."""
-
-
-def server_version() -> str:
-    """Return the version of the installed distribution; `0+unknown` in a bare source tree."""
-    try:
-        return metadata.version("loramux")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(commands.add_parser("serve", help="serve a model", argument_default=argparse.SUPPRESS))
     quantize = commands.add_parser("quantize", help="write a checkpoint with its linear weights in NF4")
     quantize.add_argument("source", metavar="SRC", help="directory of the checkpoint, or a hub id")
-    quantize.add_argument("target", metavar="DST", help="directory to write; must not exist or be empty")
+    quantize.add_argument("target", metavar="DST", help="directory to write; must not exist")
     config = commands.add_parser("config", help="check or show settings")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_settings(actions.add_parser("check", help="check settings", argument_default=argparse.SUPPRESS))
@@ -109,24 +101,27 @@ def _config(parsed: argparse.Namespace) -> ServerConfig:
 
 
 def _serve(config: ServerConfig) -> int:
-    from loramux_server.app import ServeError, run_until_stopped
+    # gRPC's own log lines repeat what we report; the variable counts before its import only.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from loramux_server.app import ServeError
+    from loramux_server.run import run_until_stopped
     from loramux_server.telemetry.json_log import configure_logging
 
     configure_logging(config.log_level)
     try:
-        return asyncio.run(run_until_stopped(config, version=server_version()))
+        return asyncio.run(run_until_stopped(config))
     except ServeError as error:
         raise UsageError(str(error)) from error
 
 
 def _quantize(source: str, target: str) -> int:
     from loramux_server.hub import resolve_model
-    from loramux_server.model.quantize import quantize_checkpoint
 
     directory = resolve_model(source, flag="SRC")
     destination = Path(target)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UsageError(f"DST {target} exists and is not an empty directory; name another")
+    if destination.exists():
+        raise UsageError(f"DST {target} exists; name a new directory")
+    from loramux_server.model.quantize import quantize_checkpoint  # torch, only where it is needed
 
     def progress(done: int, total: int, name: str) -> None:
         print(f"\r{done}/{total} {name[:60]:<60}", end="", file=sys.stderr, flush=True)

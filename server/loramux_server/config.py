@@ -142,18 +142,14 @@ _MILLION = 1_000_000
 
 OPTIONS: tuple[Option, ...] = (
     Option(name="model", kind=str, default=REQUIRED, help="directory of the base checkpoint, or a hub id"),
-    Option(
-        name="weights", kind=str, default="nf4", choices=("nf4", "bf16", "fp32"), help="format of resident weights"
-    ),
+    Option(name="weights", kind=str, default="nf4", choices=("nf4", "bf16", "fp32"), help="format of resident weights"),
     Option(name="store", kind=str, default="loramux-store", help="directory of adapters and registry"),
     Option(name="host", kind=str, default="127.0.0.1", help="address of the gRPC listener"),
     Option(name="port", kind=int, default=50051, low=0, high=65535, help="port of the gRPC listener; 0 picks one"),
     Option(name="probe", kind=str, default=None, help="HOST:PORT of the HTTP listener for /livez, /readyz, /metrics"),
     Option(name="device", kind=str, default="auto", choices=("auto", "cpu", "cuda"), help="where the engine runs"),
     Option(name="model_name", kind=str, default=None, help="name of the model in answers and telemetry"),
-    Option(
-        name="max_model_len", kind=int, default=None, low=2, high=16 * _MILLION, help="prompt and output in tokens"
-    ),
+    Option(name="max_model_len", kind=int, default=None, low=2, high=16 * _MILLION, help="prompt and output in tokens"),
     Option(
         name="max_output_tokens", kind=int, default=None, low=1, high=16 * _MILLION, help="output tokens a sequence"
     ),
@@ -169,9 +165,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="max_running", kind=int, default=128, low=1, high=4096, help="sequences in one engine step"),
     Option(name="max_batch_tokens", kind=int, default=2048, low=16, high=_MILLION, help="tokens in one engine step"),
     Option(name="kv_pages", kind=int, default=None, low=2, high=100 * _MILLION, help="KV pages of 16 tokens"),
-    Option(
-        name="gpu_memory_utilization", kind=float, default=0.9, low=0.05, high=0.99, help="share of device memory"
-    ),
+    Option(name="gpu_memory_utilization", kind=float, default=0.9, low=0.05, high=0.99, help="share of device memory"),
     Option(name="rank_units", kind=int, default=64, low=1, high=65536, help="adapter slab in units of 16 rank rows"),
     Option(name="max_slots", kind=int, default=64, low=1, high=65536, help="adapters resident at once"),
     Option(name="max_rank", kind=int, default=64, low=16, high=1024, multiple_of=16, help="largest adapter rank"),
@@ -184,9 +178,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="self_test", kind=bool, default=True, negative="--no-self-test", help="check against a reference at start"
     ),
-    Option(
-        name="allow_unverified_adapters", kind=bool, default=False, help="take adapters that carry no manifest"
-    ),
+    Option(name="allow_unverified_adapters", kind=bool, default=False, help="take adapters that carry no manifest"),
     Option(name="reflection", kind=bool, default=True, negative="--no-reflection", help="serve gRPC reflection"),
     Option(name="allow_plaintext", kind=bool, default=False, help="listen without TLS beyond loopback"),
     Option(name="no_auth", kind=bool, default=False, help="accept every caller beyond loopback"),
@@ -215,9 +207,7 @@ OPTIONS: tuple[Option, ...] = (
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
-def load_config(
-    flags: Mapping[str, Any], *, environment: Mapping[str, str], file: Path | None = None
-) -> ServerConfig:
+def load_config(flags: Mapping[str, Any], *, environment: Mapping[str, str], file: Path | None = None) -> ServerConfig:
     """Merge all sources and check every value.
 
     Args:
@@ -386,6 +376,8 @@ def _whole(value: float) -> int:
 def _check_together(config: ServerConfig) -> None:
     if config.probe is not None:
         split_address("--probe", config.probe)
+    if config.otlp_endpoint is not None and not config.otlp_endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"--otlp-endpoint is {config.otlp_endpoint!r}; use http://HOST:PORT or https://HOST:PORT")
     if not is_loopback(config.host):
         missing = [
             flag

@@ -1,14 +1,18 @@
 """Generate through real gRPC and a scripted engine: what a stream carries."""
 
 import math
+import time
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loramux.v1 import generation_pb2 as pb
 from loramux_server.engine.messages import ErrorSpec
+from loramux_server.errors import Expired
+from loramux_server.rpc.call import Call
 from loramux_server.tenancy.names import shown_version
 from tests.support.front_end import FrontEnd, front_end, reason_of, text_request
 from tests.support.scripted_engine import Script, ScriptedEngines
@@ -42,7 +46,7 @@ async def test_a_stream_has_started_deltas_finished_usage(tmp_path: Path) -> Non
         prompt = server.engines.adds[0].prompt_token_ids
         assert started.seed == 5 and started.cached_tokens == 2 and started.prompt_tokens == len(prompt)
         assert started.replica_id == "replica-1" and not started.HasField("adapter")
-        assert started.queue_time.ToTimedelta().total_seconds() > 0 and not started.HasField("adapter_load_time")
+        assert started.queue_time.ToTimedelta().total_seconds() > 0.01 and not started.HasField("adapter_load_time")
         assert events[-2].finished.reason == pb.FINISH_REASON_LENGTH
         assert not events[-2].finished.HasField("matched_stop")
         assert (usage.prompt_tokens, usage.cached_tokens, usage.output_tokens) == (len(prompt), 2, len(answer))
@@ -267,3 +271,34 @@ async def test_a_failure_of_the_engine_keeps_its_reason(tmp_path: Path) -> None:
                 received.append(event.WhichOneof("event"))
         assert received == ["started", "delta"] and reason_of(error.value) == "OUT_OF_MEMORY"
         await server.assert_at_rest()
+
+
+async def test_a_soft_time_limit_is_passed_on_and_named(tmp_path: Path) -> None:
+    async with front_end(tmp_path) as server:
+        says(server, "half an ans", finish="time_limit")
+        events = await server.generate(text_request(soft_time_limit={"seconds": 2}))
+        assert events[-2].finished.reason == pb.FINISH_REASON_TIME_LIMIT and text_of(events) == "half an ans"
+        limit = server.engines.adds[0].soft_time_limit
+        assert limit is not None and 1.5 < limit <= 2
+
+
+async def test_a_request_whose_deadline_has_passed_never_reaches_the_engine(tmp_path: Path) -> None:
+    async with front_end(tmp_path) as server:
+        late = Call(tenant="default", principal="local", correlation_id="c", deadline=time.monotonic() - 0.01)
+        with pytest.raises(Expired):
+            await server.app.generation.accept(text_request(), late)
+        assert server.engines.adds == [] and server.app.gate.queued == 0
+
+
+async def test_reflection_lists_our_services(tmp_path: Path) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    for settings, served in (({}, True), ({"reflection": False, "store": str(tmp_path / "other")}, False)):
+        async with front_end(tmp_path, **settings) as server:
+            call = reflection_pb2_grpc.ServerReflectionStub(server.channel).ServerReflectionInfo(iter([request]))
+            if served:
+                names = {service.name for service in (await call.read()).list_services_response.service}
+                assert {f"loramux.v1.{name}Service" for name in ("Generation", "Adapter", "Model")} <= names
+            else:
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await call.read()
+                assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED

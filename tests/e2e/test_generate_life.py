@@ -1,6 +1,10 @@
 """How generations end other than by themselves: cancel, deadline, overload, engine death, slow readers, drain."""
 
 import asyncio
+import contextlib
+import os
+import signal
+import sys
 from pathlib import Path
 
 import grpc
@@ -9,11 +13,12 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loramux.v1 import adapter_pb2, adapter_pb2_grpc, model_pb2, model_pb2_grpc
 from loramux.v1 import generation_pb2 as pb
-from loramux.v1 import model_pb2, model_pb2_grpc
 from loramux_server.app import App, ServeError, serve
 from loramux_server.engine.messages import PutAlias, Started
 from loramux_server.rpc.pipeline import SlowReader
+from loramux_server.rpc.server import Transport
 from loramux_server.supervisor import CrashLoop, RestartPolicy
 from tests.support.front_end import (
     FrontEnd,
@@ -39,10 +44,16 @@ async def first_events(call: grpc.aio.UnaryStreamCall, count: int) -> list[pb.Ge
     return [await call.read() for _ in range(count)]
 
 
+async def rest(call: grpc.aio.UnaryStreamCall) -> list[pb.GenerateResponse]:
+    events = []
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event)
+    return events
+
+
 async def failure(call: grpc.aio.UnaryStreamCall) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        async for _ in call:
-            pass
+        await rest(call)
     return error.value
 
 
@@ -86,17 +97,17 @@ async def test_cancel_generation_ends_the_stream_well(tmp_path: Path) -> None:
     async with front_end(tmp_path, ScriptedEngines(lambda add: paused(4))) as server:
         call = server.generation.Generate(text_request(n=2))
         started = (await first_events(call, 1))[0].started
-        for _ in range(8):
-            await call.read()
+        received = 0
+        while received < 8:
+            received += len((await call.read()).delta.token_ids)
         answer = await server.generation.CancelGeneration(
             pb.CancelGenerationRequest(generation_id=started.generation_id)
         )
         assert answer.cancelled and answer.replica_id == "replica-1"
-        rest = [event async for event in call]
-        assert [event.finished.reason for event in rest[:-1] if event.HasField("finished")] == [
-            pb.FINISH_REASON_CANCELLED
-        ] * 2
-        assert rest[-1].usage.output_tokens == 8
+        events = await rest(call)
+        reasons = [event.finished.reason for event in events if event.HasField("finished")]
+        assert reasons == [pb.FINISH_REASON_CANCELLED] * 2
+        assert events[-1].usage.output_tokens == 8
         assert await call.code() is grpc.StatusCode.OK
         again = await server.generation.CancelGeneration(
             pb.CancelGenerationRequest(generation_id=started.generation_id)
@@ -147,9 +158,7 @@ async def test_commands_of_one_tick_leave_in_one_frame(tmp_path: Path) -> None:
 
 
 async def test_engine_death_fails_all_and_a_new_engine_serves(tmp_path: Path) -> None:
-    async with front_end(
-        tmp_path, ScriptedEngines(lambda add: paused()), app_options={"policy": FAST}
-    ) as server:
+    async with front_end(tmp_path, ScriptedEngines(lambda add: paused()), app_options={"policy": FAST}) as server:
         calls = [server.generation.Generate(text_request()) for _ in range(10)]
         for call in calls:
             await first_events(call, 2)
@@ -162,9 +171,9 @@ async def test_engine_death_fails_all_and_a_new_engine_serves(tmp_path: Path) ->
         assert not await serving(server)
         error = await failure(server.generation.Generate(text_request()))
         assert reason_of(error) == "ENGINE_UNAVAILABLE"
-        status = (await model_pb2_grpc.ModelServiceStub(server.channel).GetServerStatus(
-            model_pb2.GetServerStatusRequest()
-        )).status
+        status = (
+            await model_pb2_grpc.ModelServiceStub(server.channel).GetServerStatus(model_pb2.GetServerStatusRequest())
+        ).status
         assert status.state == model_pb2.SERVER_STATE_ENGINE_RESTARTING
         server.engines.start_gate.set()
         await server.app.ready.wait()
@@ -209,7 +218,7 @@ async def test_a_startup_error_is_one_message(tmp_path: Path) -> None:
     engines = ScriptedEngines()
     engines.startup_error = "model type mamba is not served; use one of llama, qwen2"
     with pytest.raises(ServeError, match="model type mamba"):
-        async with serve(make_config(tmp_path), version="test", launch=engines):
+        async with serve(make_config(tmp_path), version="test", launch=engines, validator=NoUploads()):
             raise AssertionError("it never serves")
 
 
@@ -223,7 +232,7 @@ async def test_health_follows_the_engine_by_service_name(tmp_path: Path) -> None
         engines.start_gate.set()
         await server.app.ready.wait()
         for name in names:
-            await server.engines.until(lambda: server.app.ready.is_set())
+            await server.engines.until(server.app.ready.is_set)
             assert await serving(server, name)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await serving(server, "loramux.v1.Nothing")
@@ -232,15 +241,14 @@ async def test_health_follows_the_engine_by_service_name(tmp_path: Path) -> None
 
 async def test_the_model_is_described(tmp_path: Path) -> None:
     async with front_end(tmp_path, model_name="tiny", max_output_tokens=100) as server:
-        model = (
-            await model_pb2_grpc.ModelServiceStub(server.channel).GetModel(model_pb2.GetModelRequest())
-        ).model
+        model = (await model_pb2_grpc.ModelServiceStub(server.channel).GetModel(model_pb2.GetModelRequest())).model
         assert (model.name, model.family, model.vocab_size, model.max_model_len) == ("tiny", "llama", 512, 512)
+        assert (model.fingerprint.config_digest, model.fingerprint.weights_digest) == ("c" * 64, "d" * 64)
         assert model.fingerprint.digest == "f" * 64 and model.has_chat_template
         assert model.limits.max_output_tokens == 100 and model.limits.max_message_bytes == 4 * 1024 * 1024
-        status = (await model_pb2_grpc.ModelServiceStub(server.channel).GetServerStatus(
-            model_pb2.GetServerStatusRequest()
-        )).status
+        status = (
+            await model_pb2_grpc.ModelServiceStub(server.channel).GetServerStatus(model_pb2.GetServerStatusRequest())
+        ).status
         assert status.state == model_pb2.SERVER_STATE_SERVING and status.own.tenant == "default"
         assert status.total.resident_weight_bytes == 1234
 
@@ -259,10 +267,19 @@ async def test_drain_lets_calls_finish_and_refuses_new_ones(tmp_path: Path) -> N
         assert not drained.done()
         script.resume.set()
         for call in calls:
-            rest = [event async for event in call]
-            assert rest[-1].HasField("usage")
+            assert (await rest(call))[-1].HasField("usage")
         async with asyncio.timeout(2):
             await drained
+
+
+async def test_a_drain_ends_watches_and_does_not_wait_for_them(tmp_path: Path) -> None:
+    async with front_end(tmp_path, grace=60.0) as server:
+        watch = adapter_pb2_grpc.AdapterServiceStub(server.channel).WatchAdapters(adapter_pb2.WatchAdaptersRequest())
+        assert (await watch.read()).WhichOneof("event")
+        async with asyncio.timeout(5):
+            await server.app.drain()
+        error = await failure(watch)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE and reason_of(error) == "DRAINING"
 
 
 async def test_drain_gives_up_after_the_grace(tmp_path: Path) -> None:
@@ -291,11 +308,42 @@ async def test_a_reader_that_does_not_read_is_given_up_alone(tmp_path: Path) -> 
             await server.engines.until(lambda: server.metric("loramux_generations_total") == 1)
             other = await server.generate(text_request(n=1))
             assert other[-1].usage.output_tokens == len(ids)
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                while await stalled.read():
-                    pass
-        assert reason_of(error.value) == "SLOW_READER"
+            assert reason_of(await failure(stalled)) == "SLOW_READER"
         await server.assert_at_rest()
+
+
+CLIENT_PATH = str(Path(__file__).resolve().parents[2] / "client")
+CLIENT = """
+import sys, grpc
+from loramux.v1 import generation_pb2 as pb, generation_pb2_grpc
+stub = generation_pb2_grpc.GenerationServiceStub(grpc.insecure_channel(sys.argv[1]))
+for event in stub.Generate(pb.GenerateRequest(text="hello")):
+    print("event", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+async def test_a_client_process_that_dies_or_freezes_frees_everything(tmp_path: Path, number: signal.Signals) -> None:
+    options = {"transport": Transport(keepalive=1, ping_timeout=1)}
+    async with front_end(tmp_path, ScriptedEngines(lambda add: paused()), app_options=options) as server:
+        client = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            CLIENT,
+            f"127.0.0.1:{server.app.port}",
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": CLIENT_PATH},
+        )
+        try:
+            assert client.stdout is not None
+            assert await client.stdout.readline() == b"event\n"
+            client.send_signal(number)
+            await server.engines.until(lambda: len(server.engines.aborts) == 1)
+            await server.assert_at_rest()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                client.kill()
+            await client.communicate()
 
 
 async def test_a_port_in_use_and_a_locked_store_are_one_line(tmp_path: Path) -> None:

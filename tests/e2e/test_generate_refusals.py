@@ -1,7 +1,7 @@
 """Every bad input is refused before the engine sees it, with code, reason and field, and without echoing texts."""
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 
+from loramux.v1 import adapter_pb2
 from loramux.v1 import generation_pb2 as pb
 from tests.support.front_end import FrontEnd, detail, front_end, reason_of, status_of, text_request
 
@@ -60,7 +61,7 @@ INVALID = [
     ("sampling.stop_token_ids", text_request(CANARY, stop_token_ids=[1] * 65)),
     ("sampling.stop_token_ids[0]", text_request(CANARY, stop_token_ids=[512])),
     ("sampling.bad_words", text_request(CANARY, bad_words=["x"] * 65)),
-    ("sampling.logit_bias", text_request(CANARY, logit_bias={i: 1.0 for i in range(100_000)})),
+    ("sampling.logit_bias", text_request(CANARY, logit_bias=dict.fromkeys(range(100000), 1.0))),
     ("sampling.logit_bias[512]", text_request(CANARY, logit_bias={512: 1.0})),
     ("sampling.logit_bias[1]", text_request(CANARY, logit_bias={1: math.nan})),
     ("sampling.logit_bias[1]", text_request(CANARY, logit_bias={1: 100.5})),
@@ -72,6 +73,7 @@ INVALID = [
     ("sampling.soft_time_limit", text_request(CANARY, soft_time_limit={"seconds": -1})),
 ]
 TOO_LONG = [
+    ("prompt", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2_000_000))),
     ("prompt", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 512))),
     ("text", pb.GenerateRequest(text=CANARY * 200_000)),
     ("chat", chat(pb.ChatMessage(role=pb.CHAT_ROLE_USER, content=CANARY * 200_000))),
@@ -167,6 +169,14 @@ async def test_a_message_over_the_limit(server: FrontEnd) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_metadata_over_the_limit(server: FrontEnd) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await server.generate(text_request(), metadata=(("x-large", "x" * 20_000),))
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert server.engines.adds == []
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_another_tenant_and_an_unknown_method(server: FrontEnd) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await server.generate(text_request(), metadata=(("x-loramux-tenant", "acme"),))
@@ -174,6 +184,24 @@ async def test_another_tenant_and_an_unknown_method(server: FrontEnd) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await server.channel.unary_unary("/loramux.v1.GenerationService/Nothing")(b"")
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_refused_client_stream_keeps_its_reason(server: FrontEnd) -> None:
+    def messages() -> Iterator[bytes]:
+        for offset in range(40):
+            request = adapter_pb2.WriteAdapterUploadRequest(upload_id="none", offset=offset, data=bytes(100_000))
+            yield request.SerializeToString()
+
+    write = server.channel.stream_unary("/loramux.v1.AdapterService/WriteAdapterUpload")
+    for metadata, stream, reason in (
+        ((("x-loramux-tenant", "acme"),), messages(), "PERMISSION_DENIED"),
+        ((), messages(), "UPLOAD_NOT_FOUND"),
+        ((), iter([b"\xff\xff"] * 40), "INVALID_PARAMETER"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await write(stream, metadata=metadata)
+        assert reason_of(error.value) == reason
 
 
 @pytest.mark.asyncio(loop_scope="module")

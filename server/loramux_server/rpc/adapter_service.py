@@ -21,7 +21,7 @@ from loramux_server.rpc import adapter_messages as messages
 from loramux_server.rpc.call import Call, Method
 from loramux_server.tenancy.idempotency import IdempotencyKey, check_key
 from loramux_server.tenancy.names import AdapterReference, adapter_name, parse_adapter, parse_reference, parse_version
-from loramux_server.tenancy.paging import check_page_size, make_token, read_token
+from loramux_server.tenancy.paging import check_page_size, make_token, read_number, read_token
 from loramux_server.tenancy.records import VersionRecord
 
 SERVICE = "loramux.v1.AdapterService"
@@ -185,13 +185,12 @@ class AdapterService:
         states = messages.version_states(request.states)
         size = check_page_size(request.page_size if request.HasField("page_size") else None)
         query = ("ListAdapterVersions", call.tenant, reference.adapter, *states)
-        position = read_token(request.page_token, query)
         records, revision = await asyncio.to_thread(
             self._lifecycle.registry.list_versions,
             call.tenant,
             reference.adapter,
             limit=size + 1,
-            before=None if position is None else int(position),
+            before=read_number(request.page_token, query),
             states=states,
         )
         page = records[:size]

@@ -33,7 +33,7 @@ class AdmissionGate:
         self._max_queued = max_queued
         self._retry_after = retry_after
         self._queued = 0
-        self._patient: deque[asyncio.Future[None]] = deque()
+        self._patient: deque[asyncio.Future[Ticket]] = deque()
 
     @property
     def queued(self) -> int:
@@ -58,31 +58,36 @@ class AdmissionGate:
                 "replica",
                 retry_after=self._retry_after,
             )
-        self._queued += 1
-        return Ticket(self)
+        return self._take()
 
     async def enter_when_calm(self) -> Ticket:
-        """Wait until at most half of the places are taken, then take one; for batches, which leave room for others."""
-        while self._queued >= max(1, self._max_queued // 2):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._patient.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._wake()
-                raise
+        """Wait until less than half of the places are taken, then take one; for batches, which leave room for others.
+
+        Those who wait are served in order.
+        """
+        if not self._patient and self._calm:
+            return self._take()
+        turn: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        self._patient.append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                turn.result().leave()
+            raise
+
+    @property
+    def _calm(self) -> bool:
+        return self._queued < max(1, self._max_queued // 2)
+
+    def _take(self) -> Ticket:
         self._queued += 1
         return Ticket(self)
 
     def _leave(self) -> None:
         self._queued -= 1
         assert self._queued >= 0, "a ticket was counted twice"
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._patient:
+        while self._patient and self._calm:
             turn = self._patient.popleft()
             if not turn.done():
-                turn.set_result(None)
-                return
+                turn.set_result(self._take())

@@ -99,7 +99,7 @@ class BatchGeneration:
         try:
             while (response := await self._buffer.get()) is not None:
                 yield response
-            await closer
+            await asyncio.gather(closer, *workers)
         finally:
             for task in (closer, *workers):
                 task.cancel()
@@ -115,10 +115,8 @@ class BatchGeneration:
                 _log.debug("cannot pin an adapter of a batch: %s", error.reason)
 
     async def _close_after(self, workers: list[asyncio.Task[None]]) -> None:
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            await self._buffer.put(None)
+        await asyncio.wait(workers)
+        await self._buffer.put(None)
 
     async def _work(self, run: Run) -> None:
         while self._items:
@@ -183,7 +181,5 @@ def _timeout(position: int, item: pb.BatchGenerateItem) -> float | None:
         return None
     seconds = item.timeout.seconds + item.timeout.nanos / 1e9
     if not 0 < seconds <= _MAX_TIMEOUT_S:
-        raise invalid(
-            f"items[{position}].timeout", f"is {seconds:g} s", f"use above 0 s, at most {_MAX_TIMEOUT_S:g} s"
-        )
+        raise invalid(f"items[{position}].timeout", f"is {seconds:g} s", f"use above 0 s, at most {_MAX_TIMEOUT_S:g} s")
     return seconds

@@ -9,93 +9,23 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from loramux_server.engine import messages as wire
 from loramux_server.engine.frames import FrameDecoder, FrameError, encode_frame
 from loramux_server.errors import Internal, LoramuxServerError, Reason, Unavailable, from_reason
+from loramux_server.rpc.request_stream import RequestEvent, RequestStream
 
 _log = logging.getLogger(__name__)
 
 _MAX_FRAME_COMMANDS = 256
 _MAX_FRAME_TOKENS = 1_000_000
-_LOGPROB_BYTES = 16
-
-RequestEvent = wire.Started | wire.PromptLogprobs | wire.Tokens | wire.SequenceFinished | wire.Done
 
 
 def engine_unavailable(why: str, *, retry_after: float = 1.0) -> Unavailable:
     """Return the error of every request that meets no engine."""
     return Unavailable(Reason.ENGINE_UNAVAILABLE, f"{why}; retry in a moment", retry_after=retry_after)
-
-
-class RequestStream:
-    """Events of one request, in order, for one reader.
-
-    A reader that lags gets tokens of one sequence merged into one event, so a stream holds at most a few events however
-    far behind it is; `pending_bytes` says roughly how much text and log-probabilities wait.
-    """
-
-    def __init__(self, request_id: str) -> None:
-        """Create an empty stream.
-
-        Args:
-            request_id: Id that the engine knows.
-        """
-        self.request_id = request_id
-        self.started = False
-        self.done = False
-        self.pending_bytes = 0
-        self._events: deque[RequestEvent] = deque()
-        self._tokens: dict[int, wire.Tokens] = {}
-        self._error: LoramuxServerError | None = None
-        self._wake = asyncio.Event()
-
-    def push(self, event: RequestEvent) -> None:
-        """Append an event; tokens of a sequence whose earlier tokens still wait are merged into those."""
-        if isinstance(event, wire.Tokens):
-            self.pending_bytes += 4 * len(event.token_ids) + _LOGPROB_BYTES * sum(
-                1 + len(entry.top) for entry in event.logprobs
-            )
-            earlier = self._tokens.get(event.index)
-            if earlier is not None:
-                earlier.token_ids.extend(event.token_ids)
-                earlier.logprobs.extend(event.logprobs)
-            else:
-                self._tokens[event.index] = event
-                self._events.append(event)
-        else:
-            if isinstance(event, wire.PromptLogprobs):
-                self.pending_bytes += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in event.entries)
-            elif isinstance(event, wire.Done):
-                self.done = True
-            self._events.append(event)
-        self._wake.set()
-
-    def fail(self, error: LoramuxServerError) -> None:
-        """End the stream with an error, after the events that already wait."""
-        if self._error is None and not self.done:
-            self._error = error
-            self.done = True
-            self._wake.set()
-
-    async def read(self) -> list[RequestEvent]:
-        """Wait for events and take all of them.
-
-        Raises:
-            LoramuxServerError: The stream was failed and nothing waits any more.
-        """
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            self._wake.clear()
-            await self._wake.wait()
-        taken = list(self._events)
-        self._events.clear()
-        self._tokens.clear()
-        self.pending_bytes = 0
-        return taken
 
 
 class _FrameProtocol(asyncio.Protocol):
@@ -170,7 +100,8 @@ class EngineClient:
             ConnectionError: The socket ended first.
         """
         assert self._got_ready is not None and self._lost is not None, "not attached"
-        await asyncio.wait([self._got_ready, self._lost], return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self._got_ready, self._lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._got_ready.done():
             return self._got_ready.result()
         raise ConnectionError(self._lost.result())
@@ -366,7 +297,7 @@ class EngineClient:
             self._on_event(event)
 
     def _on_event(self, event: wire.Event) -> None:
-        if isinstance(event, wire.Started | wire.PromptLogprobs | wire.Tokens | wire.SequenceFinished | wire.Done):
+        if isinstance(event, RequestEvent):
             stream = self._streams.get(event.request_id)
             if stream is None:
                 return

@@ -11,9 +11,10 @@ from google.protobuf.duration_pb2 import Duration
 from loramux.v1 import common_pb2
 from loramux.v1 import generation_pb2 as pb
 from loramux_server.engine import messages as wire
-from loramux_server.errors import Expired, Internal, LoramuxServerError, Reason
+from loramux_server.errors import Internal, LoramuxServerError, Reason
 from loramux_server.rpc.admission import Ticket
-from loramux_server.rpc.engine_client import EngineClient, RequestStream, engine_unavailable, error_of
+from loramux_server.rpc.engine_client import EngineClient, engine_unavailable, error_of
+from loramux_server.rpc.request_stream import RequestStream
 from loramux_server.rpc.sequence_output import OutputPiece, SequenceOutput
 from loramux_server.telemetry.generation import GenerationRecord
 
@@ -41,6 +42,7 @@ class Generation:
         token_bytes: TokenBytes,
         shown_version: Callable[[str], str],
         replica_id: str,
+        front_end_time: float,
         ticket: Ticket,
         record: GenerationRecord,
     ) -> None:
@@ -54,6 +56,7 @@ class Generation:
             token_bytes: Bytes of a token id, for log-probabilities.
             shown_version: From the engine's version key to the API's version name.
             replica_id: For `Started`.
+            front_end_time: Seconds from receipt until now, part of its queue time.
             ticket: Its place in the queue, given back at `Started`.
             record: Its telemetry.
         """
@@ -64,6 +67,7 @@ class Generation:
         self._token_bytes = token_bytes
         self._shown_version = shown_version
         self._replica_id = replica_id
+        self._front_end_time = front_end_time
         self._ticket = ticket
         self._record = record
         self._stream: RequestStream | None = None
@@ -108,6 +112,9 @@ class Generation:
         except LoramuxServerError as error:
             self._record.failed(error.reason.value)
             raise
+        except Exception:
+            self._record.failed(Reason.INTERNAL.value)
+            raise
         finally:
             self._ticket.leave()
             if stream is not None:
@@ -138,7 +145,7 @@ class Generation:
             prompt_tokens=len(self.add.prompt_token_ids),
             cached_tokens=event.cached_tokens,
             seed=self.add.sampling.seed,
-            queue_time=_duration(event.queue_time),
+            queue_time=_duration(self._front_end_time + event.queue_time),
         )
         if event.load_time > 0:
             started.adapter_load_time.CopyFrom(_duration(event.load_time))
@@ -200,10 +207,8 @@ class Generation:
         if event.status == "failed":
             raise error_of(event.error)
         if event.status == "cancelled" and not self._cancelled:
-            if event.error is not None:
-                raise error_of(event.error)
-            if self.add.time_left is not None:
-                raise Expired(Reason.DEADLINE_EXCEEDED, "the deadline passed before the generation was complete")
+            # The engine reports a passed deadline as a failure, so this is its own end.
+            self._engine.check_serving()
             raise engine_unavailable("the engine cancelled the request")
         responses: list[pb.GenerateResponse] = []
         for index, output in enumerate(self._outputs):
@@ -218,9 +223,7 @@ class Generation:
             cached_tokens=self._cached_tokens,
             output_tokens=sum(output.tokens for output in self._outputs),
         )
-        self._record.usage(
-            prompt_tokens=usage.prompt_tokens, output_tokens=usage.output_tokens, cancelled=event.status == "cancelled"
-        )
+        self._record.usage(output_tokens=usage.output_tokens, cancelled=event.status == "cancelled")
         responses.append(pb.GenerateResponse(usage=usage))
         return responses
 
@@ -234,8 +237,7 @@ class Generation:
             ids = piece.token_ids[start : start + _MAX_DELTA_POSITIONS]
             entries = piece.logprobs[start : start + _MAX_DELTA_POSITIONS]
             positions = [
-                self._position(token_id, entry.logprob, entry.top)
-                for token_id, entry in zip(ids, entries, strict=True)
+                self._position(token_id, entry.logprob, entry.top) for token_id, entry in zip(ids, entries, strict=True)
             ]
             delta = pb.Delta(index=index, text="" if start else piece.text, token_ids=ids, logprobs=positions)
             deltas.append(pb.GenerateResponse(delta=delta))
@@ -247,9 +249,7 @@ class Generation:
         self._record.finished(pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
         return pb.GenerateResponse(finished=pb.Finished(index=index, reason=reason, matched_stop=matched))
 
-    def _position(
-        self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]]
-    ) -> pb.PositionLogprobs:
+    def _position(self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> pb.PositionLogprobs:
         return pb.PositionLogprobs(
             token=self._token(token_id, logprob), top=[self._token(other, value) for other, value in top]
         )

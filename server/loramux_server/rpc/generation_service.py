@@ -1,4 +1,4 @@
-"""GenerationService: generate, tokenize, detokenize, cancel. Batches are in `batch`."""
+"""GenerationService: how a request becomes a generation, and which generations run."""
 
 import secrets
 import time
@@ -16,18 +16,15 @@ from loramux_server.rpc.batch import BatchGeneration
 from loramux_server.rpc.call import Call, Method
 from loramux_server.rpc.engine_client import EngineClient
 from loramux_server.rpc.generation import Generation
-from loramux_server.rpc.limits import MAX_MESSAGE_BYTES, Limits
+from loramux_server.rpc.limits import Limits
 from loramux_server.rpc.prompt import PromptEncoder
 from loramux_server.rpc.sequence_output import SequenceOutput
+from loramux_server.rpc.tokenization import Tokenization
 from loramux_server.rpc.validate import (
     Sampling,
-    check_chat,
-    check_prompt_bytes,
     check_request,
-    check_token_ids,
     fit_prompt,
     invalid,
-    not_served,
 )
 from loramux_server.telemetry.context import GENERATION_ID
 from loramux_server.telemetry.generation import GenerationRecord
@@ -35,7 +32,6 @@ from loramux_server.telemetry.setup import Telemetry
 
 SERVICE = "loramux.v1.GenerationService"
 _MAX_ID_CHARS = 128
-_INLINE_IDS = 4096
 _NOTHING_PINNED: Mapping[str | None, ResolvedAdapter] = MappingProxyType({})
 
 
@@ -112,16 +108,17 @@ class GenerationService:
 
     def methods(self) -> Mapping[str, Method]:
         """List the handlers by full method name."""
+        tokenization = Tokenization(self._prompts, self._limits)
         return {
-            f"/{SERVICE}/Generate": Method(
-                request_type=pb.GenerateRequest, handler=self.generate, kind="unary_stream"
-            ),
+            f"/{SERVICE}/Generate": Method(request_type=pb.GenerateRequest, handler=self.generate, kind="unary_stream"),
             f"/{SERVICE}/BatchGenerate": Method(
                 request_type=pb.BatchGenerateRequest, handler=self.batch_generate, kind="unary_stream"
             ),
-            f"/{SERVICE}/Tokenize": Method(request_type=pb.TokenizeRequest, handler=self.tokenize, kind="unary_unary"),
+            f"/{SERVICE}/Tokenize": Method(
+                request_type=pb.TokenizeRequest, handler=tokenization.tokenize, kind="unary_unary"
+            ),
             f"/{SERVICE}/Detokenize": Method(
-                request_type=pb.DetokenizeRequest, handler=self.detokenize, kind="unary_unary"
+                request_type=pb.DetokenizeRequest, handler=tokenization.detokenize, kind="unary_unary"
             ),
             f"/{SERVICE}/CancelGeneration": Method(
                 request_type=pb.CancelGenerationRequest, handler=self.cancel_generation, kind="unary_unary"
@@ -213,6 +210,7 @@ class GenerationService:
             token_bytes=self._token_bytes,
             shown_version=self._shown_version,
             replica_id=self._replica_id,
+            front_end_time=time.monotonic() - received,
             ticket=ticket,
             record=GenerationRecord(
                 self._telemetry.metrics,
@@ -220,6 +218,7 @@ class GenerationService:
                 generation_id=add.request_id,
                 operation="chat" if request.WhichOneof("prompt") == "chat" else "text_completion",
                 model=self._model_name,
+                prompt_tokens=len(ids),
                 received=received,
             ),
         )
@@ -289,7 +288,7 @@ class GenerationService:
             soft_time_limit=None if soft is None else max(1e-3, soft - (now - received)),
         )
 
-    # --- the small ones --------------------------------------------------------------------------------------------
+    # --- cancel ----------------------------------------------------------------------------------------------------
 
     async def cancel_generation(self, request: pb.CancelGenerationRequest, call: Call) -> pb.CancelGenerationResponse:
         """End a running generation of the acted-for tenant."""
@@ -303,48 +302,6 @@ class GenerationService:
             generation.cancel()
         return pb.CancelGenerationResponse(cancelled=found, replica_id=self._replica_id)
 
-    async def tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
-        """Turn text or a chat into token ids."""
-        limits = self._limits()
-        if request.include_offsets:
-            raise not_served("include_offsets")
-        kind = request.WhichOneof("prompt")
-        if kind is None:
-            raise invalid("prompt", "is absent", "set one of text and chat")
-        special = True
-        if kind == "text":
-            text = request.text
-            check_prompt_bytes("text", len(text.encode()), limits)
-            if request.HasField("add_special_tokens"):
-                special = request.add_special_tokens
-        else:
-            if request.HasField("add_special_tokens"):
-                raise invalid("add_special_tokens", "is set with a chat prompt", "use it with text only")
-            check_chat(request.chat, limits, prefix="chat")
-            text = await self._prompts.render(request.chat, field="chat")
-            special = False
-        ids = await self._prompts.encode_text(text, add_special_tokens=special)
-        response = pb.TokenizeResponse(token_ids=ids, max_model_len=limits.max_model_len)
-        if response.ByteSize() > MAX_MESSAGE_BYTES:
-            raise invalid(kind, f"gives {len(ids)} tokens, more than one message holds", "send it in parts")
-        return response
-
-    async def detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
-        """Turn token ids into text."""
-        limits = self._limits()
-        check_token_ids("token_ids", request.token_ids, limits)
-        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        ids = list(request.token_ids)
-
-        def decode() -> str:
-            return self._prompts.tokenizer.decode(ids, skip_special_tokens=skip)
-
-        text = decode() if len(ids) <= _INLINE_IDS else await self._prompts.in_thread(decode)
-        response = pb.DetokenizeResponse(text=text)
-        if response.ByteSize() > MAX_MESSAGE_BYTES:
-            raise invalid("token_ids", f"has {len(ids)} entries, whose text is larger than a message", "send parts")
-        return response
-
     # --- what others ask -------------------------------------------------------------------------------------------
 
     def tenants(self) -> set[str]:
@@ -353,9 +310,7 @@ class GenerationService:
 
     def counts(self, tenant: str) -> Counter[bool]:
         """Generations of a tenant in progress, by whether they have started."""
-        return Counter(
-            generation.started for generation in self._generations.values() if generation.tenant == tenant
-        )
+        return Counter(generation.started for generation in self._generations.values() if generation.tenant == tenant)
 
     def check_integrity(self) -> None:
         """Assert that nothing is left when nothing runs."""

@@ -8,9 +8,9 @@ exception that is not a domain error becomes INTERNAL with the correlation id; i
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -25,7 +25,10 @@ from loramux_server.tenancy.access import Acting
 _log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
-Metadata = Sequence[tuple[str, str | bytes]]
+T = TypeVar("T")
+
+_DROP_SECONDS = 30.0
+_MAX_DROPPED = 65_536
 
 
 class Authorizer(Protocol):
@@ -82,6 +85,7 @@ class Pipeline(grpc.GenericRpcHandler):
         *,
         authorizer: Authorizer,
         observe: ObserveCall,
+        endless: frozenset[str] = frozenset(),
         slow_reader: SlowReader = SlowReader(),  # noqa: B008 - frozen
     ) -> None:
         """Create the handler.
@@ -90,13 +94,16 @@ class Pipeline(grpc.GenericRpcHandler):
             methods: By full name, `/package.Service/Method`.
             authorizer: See `Authorizer`.
             observe: Called at the start of each RPC with method and text metadata.
+            endless: Methods whose streams never end by themselves; a drain ends them.
             slow_reader: Limits for response streams.
         """
         self._methods = dict(methods)
         self._authorizer = authorizer
         self._observe = observe
         self._slow_reader = slow_reader
-        self._running: set[asyncio.Task[Any]] = set()
+        self._endless = endless
+        self._running: dict[asyncio.Task[Any], str] = {}
+        self._drained: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,8 +116,12 @@ class Pipeline(grpc.GenericRpcHandler):
     # --- drain -----------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Refuse new calls from now on."""
+        """Refuse new calls from now on, and end the streams that would never end."""
         self._draining = True
+        for task, name in self._running.items():
+            if name in self._endless:
+                self._drained.add(task)
+                task.cancel()
 
     @property
     def running(self) -> int:
@@ -124,7 +135,7 @@ class Pipeline(grpc.GenericRpcHandler):
     # --- one call --------------------------------------------------------------------------------------------------
 
     def _handler(self, name: str, method: Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        handler: Any
+        handler: grpc.RpcMethodHandler[bytes, bytes]
         if method.kind == "unary_unary":
 
             async def unary(request: bytes, context: Context) -> bytes:
@@ -148,22 +159,21 @@ class Pipeline(grpc.GenericRpcHandler):
 
             async def collect(requests: AsyncIterator[bytes], context: Context) -> bytes:
                 async def respond(call: Call) -> bytes:
-                    try:
-                        response: Message = await method.handler(_parse_each(method, requests), call)
-                    except LoramuxServerError:
-                        # A client stream that is refused before its end reaches the caller as INTERNAL unless it is
-                        # read to its end first.
-                        async for _ in requests:
-                            pass
-                        raise
+                    response: Message = await method.handler(_parse_each(method, requests), call)
                     return response.SerializeToString()
 
-                return await self._run(name, context, respond)
+                return await self._run(name, context, respond, requests)
 
             handler = grpc.stream_unary_rpc_method_handler(collect)
         return handler
 
-    async def _run(self, name: str, context: Context, respond: Callable[[Call], Any]) -> Any:
+    async def _run(
+        self,
+        name: str,
+        context: Context,
+        respond: Callable[[Call], Awaitable[T]],
+        requests: AsyncIterator[bytes] | None = None,
+    ) -> T:
         task = asyncio.current_task()
         assert task is not None
         metadata = _text_metadata(context.invocation_metadata() or ())
@@ -174,15 +184,13 @@ class Pipeline(grpc.GenericRpcHandler):
         trailers: Trailers = (("x-request-id", correlation_id),)
         code, reason = "CANCELLED", ""
         error: LoramuxServerError
-        self._running.add(task)
+        self._running[task] = name
         self._idle.clear()
         try:
             try:
                 context.set_trailing_metadata(trailers)
                 if self._draining:
-                    raise Unavailable(
-                        Reason.DRAINING, "this server is shutting down; use another replica", retry_after=1.0
-                    )
+                    raise _draining()
                 acting = self._authorizer.authorize(name, metadata)
                 remaining = context.time_remaining()
                 call = Call(
@@ -195,10 +203,12 @@ class Pipeline(grpc.GenericRpcHandler):
                 code = "OK"
                 return response
             except asyncio.CancelledError:
-                remaining = context.time_remaining()
-                if remaining is not None and remaining <= 0:
-                    code, reason = "DEADLINE_EXCEEDED", Reason.DEADLINE_EXCEEDED.value
-                raise
+                if task in self._drained:
+                    task.uncancel()
+                    error = _draining()
+                else:
+                    code, reason = _cause_of_cancel(context)
+                    raise
             except LoramuxServerError as domain_error:
                 error = domain_error
                 if isinstance(error, Internal):
@@ -209,11 +219,15 @@ class Pipeline(grpc.GenericRpcHandler):
                     Reason.INTERNAL, f"internal error; the server's log has it under correlation id {correlation_id}"
                 )
             code, reason = code_of(error).name, error.reason.value
+            _log.info("%s answered %s, %s", name, code, reason)
             status = to_status(error)
+            if requests is not None:
+                await _read_to_end(requests)
             await context.abort(code_of(error), status.message, trailers + trailers_of(status, error))
         finally:
             observer.ended(code=code, reason=reason)
-            self._running.discard(task)
+            self._running.pop(task, None)
+            self._drained.discard(task)
             if not self._running:
                 self._idle.set()
 
@@ -276,7 +290,19 @@ class _StallGuard:
             self._arm()
 
 
-def _text_metadata(metadata: Metadata) -> dict[str, str]:
+def _draining() -> Unavailable:
+    return Unavailable(Reason.DRAINING, "this server is shutting down; use another replica", retry_after=1.0)
+
+
+def _cause_of_cancel(context: Context) -> tuple[str, str]:
+    """Code and reason of a call that the client's deadline or the client itself ended."""
+    remaining = context.time_remaining()
+    if remaining is not None and remaining <= 0:
+        return "DEADLINE_EXCEEDED", Reason.DEADLINE_EXCEEDED.value
+    return "CANCELLED", ""
+
+
+def _text_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
     """Keep the first value of each text key; the transport has bounded their size."""
     texts: dict[str, str] = {}
     for key, value in metadata:
@@ -294,6 +320,22 @@ def _parse(method: Method, request: bytes) -> Message:
             Reason.INVALID_PARAMETER,
             f"the {len(request)} bytes of the request are not a {name}; build it from the published .proto files",
         ) from None
+
+
+async def _read_to_end(requests: AsyncIterator[bytes]) -> None:
+    """Drop the rest of a client stream, within bounds.
+
+    One that is refused before its end reaches the caller as INTERNAL, without our reason.
+    """
+    count = 0
+    try:
+        async with asyncio.timeout(_DROP_SECONDS):
+            async for _ in requests:
+                count += 1
+                if count >= _MAX_DROPPED:
+                    return
+    except TimeoutError:
+        _log.info("a client kept on sending %g s after its call was refused", _DROP_SECONDS)
 
 
 async def _parse_each(method: Method, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from loramux.v1 import generation_pb2 as pb
 from loramux_base.template import ChatTemplate, TemplateError
-from loramux_server.errors import InvalidRequest, Reason
+from loramux_server.errors import InvalidRequest, Reason, ResourceExhausted
 from loramux_server.rpc.validate import invalid
 from loramux_server.text.tokenizer import Tokenizer
 
@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 _INLINE_BYTES = 4096
 _THREADS = 2
+_MAX_PENDING = 1024
 
 _ROLES = {
     pb.CHAT_ROLE_SYSTEM: "system",
@@ -35,6 +36,7 @@ class PromptEncoder:
         """
         self.tokenizer = tokenizer
         self.template = template
+        self._pending = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-tokenize")
 
     def close(self) -> None:
@@ -57,17 +59,13 @@ class PromptEncoder:
         if kind == "text":
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             return await self.encode_text(request.text, add_special_tokens=special)
-        return await self.encode_text(
-            await self.render(request.chat, field=f"{prefix}chat"), add_special_tokens=False
-        )
+        return await self.encode_text(await self.render(request.chat, field=f"{prefix}chat"), add_special_tokens=False)
 
     async def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokenize a text."""
         if len(text) <= _INLINE_BYTES:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await self.in_thread(
-            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )
+        return await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def render(self, chat: pb.ChatPrompt, *, field: str) -> str:
         """Render a conversation with the model's template.
@@ -103,5 +101,19 @@ class PromptEncoder:
         return sequences
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run work that would block the loop; at most two at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Run work that would block the loop; at most two at a time.
+
+        Raises:
+            ResourceExhausted: QUEUE_FULL, too much work waits.
+        """
+        if self._pending >= _MAX_PENDING:
+            raise ResourceExhausted(
+                Reason.QUEUE_FULL,
+                f"{self._pending} texts wait for the tokenizer, which is the limit; retry later or on another replica",
+                retry_after=1.0,
+            )
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._pending -= 1

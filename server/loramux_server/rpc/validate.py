@@ -6,7 +6,7 @@ number or enum and the way out, never prompt or stop text.
 
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loramux.v1 import generation_pb2 as pb
@@ -53,9 +53,7 @@ def invalid(field: str, problem: str, way_out: str) -> InvalidRequest:
 
 def not_served(field: str) -> NotServedYet:
     """Build the error of an option that this server does not serve."""
-    return NotServedYet(
-        Reason.NOT_SERVED_YET, f"{field} is not served yet by this server; leave it unset", field=field
-    )
+    return NotServedYet(Reason.NOT_SERVED_YET, f"{field} is not served yet by this server; leave it unset", field=field)
 
 
 def check_request(request: pb.GenerateRequest, limits: Limits, *, prefix: str = "") -> Sampling:
@@ -123,9 +121,7 @@ def check_sampling(params: pb.SamplingParams, limits: Limits, *, prefix: str = "
     )
 
 
-def fit_prompt(
-    token_ids: list[int], sampling: Sampling, limits: Limits, *, prefix: str = ""
-) -> tuple[list[int], int]:
+def fit_prompt(token_ids: list[int], sampling: Sampling, limits: Limits, *, prefix: str = "") -> tuple[list[int], int]:
     """Truncate the prompt if asked to and decide how many tokens may be generated.
 
     Args:
@@ -146,13 +142,7 @@ def fit_prompt(
         raise invalid(f"{prefix}prompt", "has no tokens", "give at least one token of prompt")
     room = limits.max_model_len - len(token_ids)
     if room < 1:
-        raise InvalidRequest(
-            Reason.PROMPT_TOO_LONG,
-            f"{prefix}prompt has {len(token_ids)} tokens and the context holds {limits.max_model_len}, one of them for "
-            "output; shorten the prompt or set sampling.truncate_prompt_tokens",
-            field=f"{prefix}prompt",
-            metadata={"prompt_tokens": str(len(token_ids)), "max_model_len": str(limits.max_model_len)},
-        )
+        raise _too_many_tokens(len(token_ids), limits, prefix)
     if sampling.max_tokens is None:
         most = min(room, limits.max_output_tokens)
         _check_range(f"{prefix}sampling.min_tokens", sampling.min_tokens, 0, most)
@@ -167,7 +157,7 @@ def fit_prompt(
     return token_ids, sampling.max_tokens
 
 
-def check_token_ids(field: str, ids: Iterable[int], limits: Limits) -> None:
+def check_token_ids(field: str, ids: Sequence[int], limits: Limits) -> None:
     """Check that ids are in the vocabulary.
 
     Raises:
@@ -231,9 +221,13 @@ def _check_prompt(request: pb.GenerateRequest, limits: Limits, prefix: str) -> N
             raise invalid(f"{prefix}text", "is empty", "give at least one character of prompt")
         check_prompt_bytes(f"{prefix}text", len(request.text.encode()), limits)
     elif kind == "token_ids":
-        if not request.token_ids.ids:
+        ids = request.token_ids.ids
+        if not ids:
             raise invalid(f"{prefix}token_ids.ids", "is empty", "give at least one token of prompt")
-        _check_token_ids(f"{prefix}token_ids.ids", request.token_ids.ids, limits.vocab_size)
+        truncated = request.sampling.HasField("truncate_prompt_tokens")
+        if len(ids) > (limits.max_prompt_bytes if truncated else limits.max_model_len):
+            raise _too_many_tokens(len(ids), limits, prefix)
+        _check_token_ids(f"{prefix}token_ids.ids", ids, limits.vocab_size)
     else:
         check_chat(request.chat, limits, prefix=f"{prefix}chat")
 
@@ -273,7 +267,19 @@ def _check_strings(field: str, values: Iterable[str], most: int, most_bytes: int
             raise invalid(f"{field}[{position}]", f"has {size} bytes", f"use 1 to {most_bytes}")
 
 
-def _check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+def _too_many_tokens(count: int, limits: Limits, prefix: str) -> InvalidRequest:
+    return InvalidRequest(
+        Reason.PROMPT_TOO_LONG,
+        f"{prefix}prompt has {count} tokens and the context holds {limits.max_model_len}, one of them for output; "
+        "shorten the prompt or set sampling.truncate_prompt_tokens",
+        field=f"{prefix}prompt",
+        metadata={"prompt_tokens": str(count), "max_model_len": str(limits.max_model_len)},
+    )
+
+
+def _check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    if max(ids, default=0) < vocab_size:
+        return
     for position, token_id in enumerate(ids):
         if token_id >= vocab_size:
             raise invalid(

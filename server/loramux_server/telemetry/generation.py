@@ -26,6 +26,7 @@ class GenerationRecord:
         generation_id: str,
         operation: str,
         model: str,
+        prompt_tokens: int,
         received: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -37,6 +38,7 @@ class GenerationRecord:
             generation_id: Span attribute.
             operation: `chat` or `text_completion`.
             model: Name of the base model.
+            prompt_tokens: Length of the prompt.
             received: When the request arrived, on `clock`.
             clock: Monotonic seconds.
         """
@@ -44,6 +46,8 @@ class GenerationRecord:
         self._clock = clock
         self._received = received
         self._first_token: float | None = None
+        self._prompt_tokens = prompt_tokens
+        self._cached_tokens: int | None = None
         self._output_tokens = 0
         self._outcome = "cancelled"
         self._error: str | None = None
@@ -66,7 +70,7 @@ class GenerationRecord:
 
     def started(self, event: Started) -> None:
         """Note that the engine admitted the request."""
-        self._metrics.tokens.add(event.cached_tokens, {"type": "cached"})
+        self._cached_tokens = event.cached_tokens
         self._span.add_event("queue", {"duration_s": event.queue_time})
         if event.version:
             self._span.set_attribute("loramux.adapter.version", event.version)
@@ -75,6 +79,7 @@ class GenerationRecord:
 
     def tokens(self, count: int) -> None:
         """Note new output tokens."""
+        self._output_tokens += count
         if self._first_token is None and count > 0:
             self._first_token = self._clock()
             self._span.add_event("first_token")
@@ -89,14 +94,10 @@ class GenerationRecord:
         self._span.add_event("decode", {"duration_s": event.decode_time})
         self._span.set_attribute("loramux.preemptions", event.preemptions)
 
-    def usage(self, *, prompt_tokens: int, output_tokens: int, cancelled: bool) -> None:
-        """Note the counts that the caller gets; the generation is complete."""
+    def usage(self, *, output_tokens: int, cancelled: bool) -> None:
+        """Note the count that the caller gets; the generation is complete."""
         self._outcome = "cancelled" if cancelled else "finished"
         self._output_tokens = output_tokens
-        self._metrics.tokens.add(prompt_tokens, {"type": "input"})
-        self._metrics.tokens.add(output_tokens, {"type": "output"})
-        self._span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
-        self._span.set_attribute("gen_ai.usage.output_tokens", output_tokens)
 
     def failed(self, reason: str) -> None:
         """Note why it failed."""
@@ -113,6 +114,12 @@ class GenerationRecord:
             attributes["error.type"] = self._error
             self._span.set_status(Status(StatusCode.ERROR, self._error))
         self._metrics.generations.add(1, {"outcome": self._outcome})
+        if self._cached_tokens is not None:
+            counts = {"input": self._prompt_tokens, "cached": self._cached_tokens, "output": self._output_tokens}
+            for kind, count in counts.items():
+                self._metrics.tokens.add(count, {"type": kind, "outcome": self._outcome})
+            self._span.set_attribute("gen_ai.usage.input_tokens", self._prompt_tokens)
+            self._span.set_attribute("gen_ai.usage.output_tokens", self._output_tokens)
         self._metrics.request_duration.record(now - self._received, attributes)
         if self._outcome == "finished" and self._first_token is not None:
             self._metrics.first_token.record(self._first_token - self._received, attributes)

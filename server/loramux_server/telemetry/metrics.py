@@ -126,7 +126,7 @@ class Metrics:
             "loramux.sequences.finished", unit="{sequence}", description="Finished sequences, by reason."
         )
         self.tokens = meter.create_counter(
-            "loramux.tokens", unit="{token}", description="Tokens of accepted generations, by type."
+            "loramux.tokens", unit="{token}", description="Tokens of started generations, by type and outcome."
         )
         self.running_rpcs = meter.create_up_down_counter(
             "loramux.rpc.running", unit="{call}", description="Calls in progress."

@@ -1,0 +1,73 @@
+"""Runs a server as a process: the line that says where, signals, exit codes."""
+
+import asyncio
+import logging
+import signal
+
+from loramux_server.app import App
+from loramux_server.config import ServerConfig, is_loopback
+from loramux_server.engine_process import LaunchEngine
+from loramux_server.supervisor import CrashLoop
+
+_log = logging.getLogger(__name__)
+
+
+async def run_until_stopped(
+    config: ServerConfig, *, version: str | None = None, launch: LaunchEngine | None = None
+) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+
+    Args:
+        config: Settings.
+        version: Of the software; None = the installed one.
+        launch: Starts engines; None = engine processes.
+
+    Returns:
+        The exit code: 0, or 1 when the engine cannot be kept alive.
+
+    Raises:
+        ServeError: It cannot start as configured.
+    """
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    app = App(config, version=version, launch=launch)
+    await app.start()
+    stopped = asyncio.create_task(signals.get())
+    failed = asyncio.create_task(app.wait())
+    ready = asyncio.create_task(app.ready.wait())
+    try:
+        await asyncio.wait((stopped, failed, ready), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not failed.done():
+            _warn_about_access(config)
+            print(f"loramux serving on {config.host}:{app.port}", flush=True)
+            await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            try:
+                failed.result()
+            except CrashLoop as error:
+                _log.critical("%s", error)
+                return 1
+        again = asyncio.create_task(signals.get())
+        drained = asyncio.create_task(app.drain())
+        await asyncio.wait((again, drained), return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        drained.cancel()
+        return 0
+    finally:
+        for task in (stopped, failed, ready):
+            task.cancel()
+        await app.stop()
+        await asyncio.gather(stopped, failed, ready, return_exceptions=True)
+
+
+def _warn_about_access(config: ServerConfig) -> None:
+    if is_loopback(config.host):
+        _log.warning("no credentials are asked for: every caller on this machine is the tenant `default`")
+    else:
+        _log.warning(
+            "listening on %s without TLS and without credentials, as asked for: whoever reaches it is the tenant "
+            "`default`, and can read and change what it sends",
+            config.host,
+        )
