@@ -64,14 +64,22 @@ from loramux._model_types import (
     TenantLoad,
     WeightFormat,
 )
+from loramux._prompt_types import (
+    BatchRequest,
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    ResponseFormat,
+    SamplingFields,
+    SamplingParams,
+    Tool,
+    ToolCall,
+)
 from loramux._retry import RetryPolicy
 from loramux._streaming import AdapterWatch, GenerationStream
 from loramux._types import (
     AdapterVersionRef,
     BatchItem,
-    BatchRequest,
-    ChatMessage,
-    ChatPrompt,
     Delta,
     Finished,
     FinishReason,
@@ -79,15 +87,9 @@ from loramux._types import (
     MatchedStop,
     Output,
     PositionLogprobs,
-    Prompt,
-    ResponseFormat,
-    SamplingFields,
-    SamplingParams,
     Started,
     Tokenization,
     TokenLogprob,
-    Tool,
-    ToolCall,
     ToolCallDelta,
     Usage,
 )

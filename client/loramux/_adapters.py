@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -60,7 +61,7 @@ class Adapters:
             name: Adapter that the version will belong to; it is created if needed.
             promote: Whether the version gets all traffic at once.
             labels: Labels for an adapter that is created.
-            timeout: Seconds for all of it; None for an hour.
+            timeout: Seconds for all of it; None for an hour, `math.inf` for no limit.
             progress: Called with bytes sent and bytes in all.
 
         Returns:
@@ -73,7 +74,7 @@ class Adapters:
         """
         local = local_adapter(path)
         limit = checked_timeout(timeout, UPLOAD_TIMEOUT)
-        deadline = None if limit is None else self._transport.clock.now() + limit
+        deadline = math.inf if limit is None else self._transport.clock.now() + limit
         started = self._transport.unary(
             methods.START_UPLOAD, local.start_request(name, labels), self._view, timeout=self._left(deadline)
         )
@@ -93,13 +94,11 @@ class Adapters:
             )
         return version
 
-    def _left(self, deadline: float | None) -> float | None:
+    def _left(self, deadline: float) -> float:
         """Seconds to the deadline of an upload."""
         return remaining(deadline, self._transport.clock.now())
 
-    def _write(
-        self, local: LocalAdapter, position: UploadPosition, deadline: float | None, progress: Progress | None
-    ) -> None:
+    def _write(self, local: LocalAdapter, position: UploadPosition, deadline: float, progress: Progress | None) -> None:
         """Send the bytes, resuming while the upload gets further."""
         attempts = self._transport.attempts(self._left(deadline))
         while not position.complete:
@@ -111,10 +110,11 @@ class Adapters:
                 if not position.move(outcome.upload):
                     raise position.stalled()
                 continue
-            delay = attempts.wait_for(outcome)
-            if delay is None:
-                raise outcome.error
-            self._transport.pause(delay)
+            if not position.lost(outcome.error):
+                delay = attempts.wait_for(outcome)
+                if delay is None:
+                    raise outcome.error
+                self._transport.pause(delay)
             answer = self._transport.unary(
                 methods.GET_UPLOAD,
                 pb.GetAdapterUploadRequest(upload_id=position.upload_id),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -69,7 +70,7 @@ class AsyncAdapters:
             name: Adapter that the version will belong to; it is created if needed.
             promote: Whether the version gets all traffic at once.
             labels: Labels for an adapter that is created.
-            timeout: Seconds for all of it; None for an hour.
+            timeout: Seconds for all of it; None for an hour, `math.inf` for no limit.
             progress: Called with bytes sent and bytes in all.
 
         Returns:
@@ -82,7 +83,7 @@ class AsyncAdapters:
         """
         local = await asyncio.to_thread(local_adapter, path)
         limit = checked_timeout(timeout, UPLOAD_TIMEOUT)
-        deadline = None if limit is None else self._transport.clock.now() + limit
+        deadline = math.inf if limit is None else self._transport.clock.now() + limit
         started = await self._transport.unary(
             methods.START_UPLOAD, local.start_request(name, labels), self._view, timeout=self._left(deadline)
         )
@@ -102,12 +103,12 @@ class AsyncAdapters:
             )
         return version
 
-    def _left(self, deadline: float | None) -> float | None:
+    def _left(self, deadline: float) -> float:
         """Seconds to the deadline of an upload."""
         return remaining(deadline, self._transport.clock.now())
 
     async def _write(
-        self, local: LocalAdapter, position: UploadPosition, deadline: float | None, progress: Progress | None
+        self, local: LocalAdapter, position: UploadPosition, deadline: float, progress: Progress | None
     ) -> None:
         """Send the bytes, resuming while the upload gets further."""
         attempts = self._transport.attempts(self._left(deadline))
@@ -120,10 +121,11 @@ class AsyncAdapters:
                 if not position.move(outcome.upload):
                     raise position.stalled()
                 continue
-            delay = attempts.wait_for(outcome)
-            if delay is None:
-                raise outcome.error
-            await self._transport.pause(delay)
+            if not position.lost(outcome.error):
+                delay = attempts.wait_for(outcome)
+                if delay is None:
+                    raise outcome.error
+                await self._transport.pause(delay)
             answer = await self._transport.unary(
                 methods.GET_UPLOAD,
                 pb.GetAdapterUploadRequest(upload_id=position.upload_id),

@@ -14,7 +14,8 @@ from loramux._async_transport import AsyncStreamCall, AsyncTransport
 from loramux._batch import FATAL, BatchFold, GroupBuilder, group_size
 from loramux._connection import View
 from loramux._errors import LoramuxError
-from loramux._types import BatchItem, BatchRequest, Prompt
+from loramux._prompt_types import BatchRequest, Prompt
+from loramux._types import BatchItem
 from loramux.v1 import generation_pb2 as pb
 
 # A source that pauses for longer gets its items sent, full group or not: it may wait for their answers.
@@ -59,7 +60,8 @@ class _Source:
         """Give up a pull that is under way."""
         if self._pull is not None:
             self._pull.cancel()
-            await asyncio.wait({self._pull})
+            # Whatever it ends with is nobody's business any more; gather takes it.
+            await asyncio.gather(self._pull, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)

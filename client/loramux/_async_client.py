@@ -19,9 +19,10 @@ from loramux._async_transport import AsyncStreamCall, AsyncTransport
 from loramux._batch import DEFAULT_WINDOW
 from loramux._connection import ChannelOption, TLSConfig, View, checked_id, checked_timeout, checked_token, connection
 from loramux._model_types import Model, ServerStatus
+from loramux._prompt_types import BatchRequest, Prompt, SamplingFields, SamplingParams
 from loramux._requests import build, generate_request, invalid, merge_sampling, tokenize_request
 from loramux._retry import RetryPolicy
-from loramux._types import BatchItem, BatchRequest, Prompt, SamplingFields, SamplingParams, Tokenization
+from loramux._types import BatchItem, Tokenization
 from loramux.v1 import generation_pb2 as pb
 from loramux.v1 import model_pb2
 
@@ -39,8 +40,9 @@ class AsyncClient:
         adapter: Adapter of generations that name none.
         tls: True, False or a `TLSConfig`; None is on for everything but this machine.
         allow_plaintext_token: Allows a token without TLS to another machine, on a network that is trusted.
-        timeout: Seconds that calls other than generations and uploads may take, all tries together.
-        generate_timeout: Seconds that a generation may take, queueing and all tries included.
+        timeout: Seconds that calls other than generations and uploads may take, all tries together; `math.inf` for
+            no limit.
+        generate_timeout: Seconds that a generation may take, queueing and all tries included; `math.inf` for no limit.
         retry: How often and how fast calls are tried again; None for the defaults.
         channel_options: gRPC channel options, which win over the client's own.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Generic
 
@@ -70,6 +71,8 @@ class AsyncTransport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
         self._closed = False
+        # grpc.aio finds only those calls at close that wait for something at that moment.
+        self.calls: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def closed(self) -> bool:
@@ -106,6 +109,8 @@ class AsyncTransport:
         channel, self._channel = self._channel, None
         # A channel of the parent process or of another loop must not be touched.
         if channel is not None and self._pid == os.getpid() and self._loop is asyncio.get_running_loop():
+            for call in list(self.calls):
+                call.cancel()
             await channel.close()
 
     async def metadata(self, view: View, request_id: str) -> list[tuple[str, str]]:
@@ -175,7 +180,7 @@ class AsyncTransport:
         return outcome
 
     async def send_stream(
-        self, method: Method[Q, R], requests: AsyncIterator[Q], view: View, *, timeout: float | None
+        self, method: Method[Q, R], requests: AsyncIterator[Q], view: View, *, timeout: float
     ) -> R | Failure:
         """Make one attempt of a call with many requests and one response."""
         request_id = new_request_id()
@@ -188,7 +193,9 @@ class AsyncTransport:
             response_deserializer=method.response.FromString,
         )
         try:
-            outcome: R | Failure = await self._finish(begin(requests, timeout=timeout, metadata=metadata), request_id)
+            outcome: R | Failure = await self._finish(
+                begin(requests, timeout=checked_timeout(timeout, None), metadata=metadata), request_id
+            )
         except BaseException as error:
             span.end(error)
             raise
@@ -197,6 +204,7 @@ class AsyncTransport:
 
     async def _finish(self, call: Any, request_id: str) -> Any:
         """Wait for the response of a call that has one."""
+        self.calls.add(call)
         try:
             return await call
         except grpc.aio.AioRpcError as error:
@@ -263,8 +271,8 @@ class AsyncStreamCall(Generic[R]):
                     raise outcome.error
                 await self._transport.pause(delay)
         except BaseException as error:
-            self.cancel()
             self.span.end(error)
+            self.cancel()
             raise
 
     async def _attempt(self, timeout: float | None) -> R | None | Failure:
@@ -277,6 +285,7 @@ class AsyncStreamCall(Generic[R]):
             response_deserializer=self._method.response.FromString,
         )
         self._call = begin(self._request, timeout=timeout, metadata=metadata)
+        self._transport.calls.add(self._call)
         if self._cancelled:
             self._call.cancel()
         return await self._next(headers_seen=False)

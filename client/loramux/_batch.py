@@ -13,9 +13,10 @@ from loramux._errors import (
     PermissionDenied,
 )
 from loramux._events import GenerationFold
+from loramux._prompt_types import BatchRequest, Prompt
 from loramux._requests import MAX_MESSAGE_BYTES, batch_item, invalid
 from loramux._status import error_from_status
-from loramux._types import BatchItem, BatchRequest, Prompt
+from loramux._types import BatchItem
 from loramux.v1 import generation_pb2 as pb
 
 DEFAULT_WINDOW = 256

@@ -10,8 +10,9 @@ from loramux import _methods as methods
 from loramux._batch import FATAL, BatchFold, GroupBuilder, group_size
 from loramux._connection import View
 from loramux._errors import LoramuxError
+from loramux._prompt_types import BatchRequest, Prompt
 from loramux._transport import StreamCall, Transport
-from loramux._types import BatchItem, BatchRequest, Prompt
+from loramux._types import BatchItem
 from loramux.v1 import generation_pb2 as pb
 
 

@@ -160,6 +160,8 @@ def connection(
         "grpc.keepalive_timeout_ms": 20_000,
         # Keepalive alone does not notice a frozen peer.
         "grpc.http2.ping_timeout_ms": 20_000,
+        # A queued request may be silent for long; pings must go on meanwhile.
+        "grpc.http2.max_pings_without_data": 0,
         "grpc.initial_reconnect_backoff_ms": 200,
         "grpc.min_reconnect_backoff_ms": 200,
         "grpc.max_reconnect_backoff_ms": 10_000,

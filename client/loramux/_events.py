@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from google.protobuf.duration_pb2 import Duration
 
 from loramux._errors import ClientStateError, LoramuxError, StreamInterrupted
+from loramux._prompt_types import ToolCall
 from loramux._types import (
     AdapterVersionRef,
     Delta,
@@ -19,7 +20,6 @@ from loramux._types import (
     PositionLogprobs,
     Started,
     TokenLogprob,
-    ToolCall,
     ToolCallDelta,
     Usage,
 )

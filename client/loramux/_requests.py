@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from loramux._errors import FieldViolation, InvalidRequest
-from loramux._types import (
+from loramux._prompt_types import (
     BatchRequest,
     ChatMessage,
     ChatPrompt,
@@ -223,9 +224,10 @@ def _prompt_parts(prompt: Prompt) -> str | pb.TokenIds | pb.ChatPrompt:
         return _chat(ChatPrompt([_same_kind(index, item) for index, item in enumerate(items)]))
     token_ids: list[int] = []
     for index, item in enumerate(items):
-        if isinstance(item, bool) or not isinstance(item, int):
+        # Any integer will do, those of array libraries too; True is no token.
+        if isinstance(item, bool) or not isinstance(item, SupportsIndex):
             raise invalid(f"prompt[{index}]", f"is a {type(item).__name__}; {_ONE_KIND}")
-        token_ids.append(item)
+        token_ids.append(operator.index(item))
     return build("prompt", lambda: pb.TokenIds(ids=token_ids))
 
 

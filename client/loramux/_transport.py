@@ -172,9 +172,7 @@ class Transport:
         except grpc.RpcError as error:
             return failure_of(error, request_id=request_id, headers_seen=False)
 
-    def send_stream(
-        self, method: Method[Q, R], requests: Iterator[Q], view: View, *, timeout: float | None
-    ) -> R | Failure:
+    def send_stream(self, method: Method[Q, R], requests: Iterator[Q], view: View, *, timeout: float) -> R | Failure:
         """Make one attempt of a call with many requests and one response."""
         request_id = new_request_id()
         metadata = self.metadata(view, request_id)
@@ -186,7 +184,9 @@ class Transport:
             response_deserializer=method.response.FromString,
         )
         try:
-            response = self.invoke(lambda: call(requests, timeout=timeout, metadata=tuple(metadata)))
+            response = self.invoke(
+                lambda: call(requests, timeout=checked_timeout(timeout, None), metadata=tuple(metadata))
+            )
         except grpc.RpcError as error:
             failure = failure_of(error, request_id=request_id, headers_seen=False)
             span.end(failure.error)
@@ -253,8 +253,8 @@ class StreamCall(Generic[R]):
                 if self._transport.clock.wait(self._cancelled, delay):
                     raise Cancelled("the call was cancelled", request_id=self.request_id)
         except BaseException as error:
-            self.cancel()
             self.span.end(error)
+            self.cancel()
             raise
 
     def _attempt(self, timeout: float | None) -> Failure | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux._adapter_requests import idempotency_key, named
-from loramux._errors import DeadlineExceeded, ServerError
+from loramux._errors import DeadlineExceeded, LoramuxError, ServerError
 from loramux._requests import check_size, invalid
 from loramux.v1 import adapter_pb2 as pb
 
@@ -19,6 +19,7 @@ MANIFEST_FILE = "loramux_manifest.json"
 CHUNK_BYTES = 1024 * 1024
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_MANIFEST_BYTES = 1024 * 1024
+MAX_LOSSES = 5
 
 Progress = Callable[[int, int], None]
 """Called with the bytes sent so far and the bytes in all, from the thread or task that sends."""
@@ -126,6 +127,7 @@ class UploadPosition:
         self.committed = upload.committed_bytes
         self._best = upload.committed_bytes
         self._total = upload.total_bytes
+        self._losses = 0
 
     @property
     def complete(self) -> bool:
@@ -139,19 +141,28 @@ class UploadPosition:
         self._best = max(self._best, self.committed)
         return further
 
+    def lost(self, error: LoramuxError) -> bool:
+        """Whether the server refused a piece for its place only.
+
+        It may do so when a broken stream still had bytes under way. True a few times an upload; then it is an error
+        like any other.
+        """
+        if all(violation.field != "offset" for violation in error.field_violations):
+            return False
+        self._losses += 1
+        return self._losses <= MAX_LOSSES
+
     def stalled(self) -> ServerError:
         """Return the error for a write that went well and moved nothing."""
         return ServerError(f"the server took the bytes of the upload but stays at {self.committed} of {self._total}")
 
 
-def remaining(deadline: float | None, now: float) -> float | None:
-    """Return the seconds to `deadline`; None if there is none.
+def remaining(deadline: float, now: float) -> float:
+    """Return the seconds to `deadline`, which may be infinite.
 
     Raises:
         DeadlineExceeded: It has passed.
     """
-    if deadline is None:
-        return None
     if now >= deadline:
         raise DeadlineExceeded("the upload's time is up; another upload of the same files goes on where it stopped")
     return deadline - now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -253,7 +253,9 @@ class AdapterCalls:
         self._registry.levels.pop(version.name, None)
         return pb.UnloadAdapterResponse(residency=[self._registry.residency(version)])
 
-    async def watch(self, tenant: str, request: pb.WatchAdaptersRequest) -> AsyncIterator[pb.WatchAdaptersResponse]:
+    async def watch(
+        self, tenant: str, request: pb.WatchAdaptersRequest
+    ) -> AsyncGenerator[pb.WatchAdaptersResponse, None]:
         """Send a snapshot, then changes."""
         changes: asyncio.Queue[pb.WatchAdaptersResponse] = asyncio.Queue()
         self._registry.watchers.add(changes)
@@ -302,3 +304,15 @@ class AdapterCalls:
         del self._registry.grants[request.name]
         self._registry.revision += 1
         return pb.DeleteGrantResponse(revision=self._registry.revision)
+
+    async def usage(self, tenant: str, request: pb.GetTenantUsageRequest) -> pb.GetTenantUsageResponse:
+        """Read the usage ledger; the span is not looked at."""
+        wanted = self._registry.full_name(tenant, request.adapter) if request.adapter else ""
+        found = [
+            entry
+            for (owner, version), entry in sorted(self._registry.usage.items())
+            if owner == tenant and version.startswith(wanted)
+        ]
+        size = request.page_size if request.HasField("page_size") else 100
+        items, token = page(found, size, request.page_token)
+        return pb.GetTenantUsageResponse(entries=items, next_page_token=token)

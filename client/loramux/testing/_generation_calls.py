@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from loramux._types import FinishReason
 from loramux._version import __version__
@@ -108,7 +108,7 @@ class GenerationCalls:
         self.replies: deque[Reply] = deque()
         self._running: dict[str, tuple[str, asyncio.Event]] = {}
 
-    async def generate(self, tenant: str, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+    async def generate(self, tenant: str, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Run one generation."""
         _check(request)
         prompt, prompt_ids = _prompt_text(request), _prompt_tokens(request)
@@ -120,6 +120,7 @@ class GenerationCalls:
         version = self._registry.version(tenant, request.adapter) if request.HasField("adapter") else None
         generation_id, stop = uuid.uuid4().hex, asyncio.Event()
         self._running[generation_id] = (tenant, stop)
+        output_tokens = 0
         try:
             started = pb.Started(
                 generation_id=generation_id,
@@ -136,9 +137,12 @@ class GenerationCalls:
                 positions = _logprobs(prompt_ids, request.sampling.prompt_logprobs, first=True)
                 yield pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(positions=positions))
             async for event in self._run(request, reply, matched, stop, len(prompt_ids)):
+                output_tokens += len(event.delta.token_ids)
                 yield event
         finally:
             del self._running[generation_id]
+            name = "" if version is None else version.name
+            self._registry.count(tenant, name, len(prompt_ids), output_tokens)
 
     async def _run(
         self,
@@ -147,7 +151,7 @@ class GenerationCalls:
         matched: pb.MatchedStop | None,
         stop: asyncio.Event,
         prompt_tokens: int,
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Send what the reply says."""
         sampling = request.sampling
         n = sampling.n if sampling.HasField("n") else 1
@@ -180,7 +184,9 @@ class GenerationCalls:
         usage = pb.Usage(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         yield pb.GenerateResponse(usage=usage)
 
-    async def batch(self, tenant: str, request: pb.BatchGenerateRequest) -> AsyncIterator[pb.BatchGenerateResponse]:
+    async def batch(
+        self, tenant: str, request: pb.BatchGenerateRequest
+    ) -> AsyncGenerator[pb.BatchGenerateResponse, None]:
         """Run the items one after the other."""
         if not 1 <= len(request.items) <= 1024:
             raise invalid("items", "must have 1 to 1,024 entries")

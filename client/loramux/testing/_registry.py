@@ -70,6 +70,7 @@ class Registry:
         self.levels: dict[str, common_pb2.ResidencyLevel.ValueType] = {}
         self.uploads: dict[str, Upload] = {}
         self.grants: dict[str, pb.Grant] = {}
+        self.usage: dict[tuple[str, str], pb.UsageEntry] = {}
         self.answers: dict[tuple[str, str, str], tuple[bytes, Message]] = {}
         self.watchers: set[asyncio.Queue[pb.WatchAdaptersResponse]] = set()
 
@@ -210,6 +211,13 @@ class Registry:
         )
         result.adapter.CopyFrom(adapter)
         return result
+
+    def count(self, tenant: str, version: str, input_tokens: int, output_tokens: int) -> None:
+        """Add a generation to the usage ledger; an empty version is the base alone."""
+        entry = self.usage.setdefault((tenant, version), pb.UsageEntry(version=version))
+        entry.requests += 1
+        entry.input_tokens += input_tokens
+        entry.output_tokens += output_tokens
 
     def of_tenant(self, tenant: str, prefix: str = "") -> Iterator[pb.Adapter]:
         """Iterate over the adapters of a tenant by name."""

@@ -1,12 +1,16 @@
-"""The fake server: a gRPC server on a loop of its own, in a thread of this process."""
+"""The fake server: gRPC's threads on the outside, one event loop for the state, all in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import queue
 import threading
+import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -22,7 +26,12 @@ from loramux.testing._script import FakeError, RecordedCall, Reply
 from loramux.v1 import adapter_pb2
 
 Unary = Callable[[str, Any], Awaitable[Any]]
-Stream = Callable[[str, Any], AsyncIterator[Any]]
+Stream = Callable[[str, Any], AsyncGenerator[Any, None]]
+
+# Calls at a time; more wait in gRPC.
+MAX_CALLS = 256
+HEADERS_LEAD = 0.02
+_END = object()
 
 
 class FakeServer:
@@ -43,12 +52,8 @@ class FakeServer:
         self._generation = GenerationCalls(self._registry)
         self._adapters = AdapterCalls(self._registry)
         self._failures: defaultdict[str, deque[FakeError]] = defaultdict(deque)
-        self._ready = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._started = False
         self._port = 0
-        self._failure: BaseException | None = None
         self.calls: list[RecordedCall] = []
 
     @property
@@ -106,7 +111,7 @@ class FakeServer:
 
     def _on_loop(self, work: Callable[[], str]) -> str:
         """Run `work` where the handlers run."""
-        if self._loop is None:
+        if not self._port:
             raise RuntimeError("the server is not running: use it as a context manager")
 
         async def run() -> str:
@@ -115,46 +120,45 @@ class FakeServer:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def __enter__(self) -> Self:
-        """Start it."""
-        self._thread = threading.Thread(target=self._run, name="loramux-fake-server", daemon=True)
+        """Start it.
+
+        Raises:
+            RuntimeError: It has been started before.
+        """
+        if self._started:
+            raise RuntimeError("a fake server is started once; make a new one")
+        self._started = True
+        # gRPC's threads and a plain loop: an asyncio server of gRPC would share its poller with the client under test.
+        self._pool = ThreadPoolExecutor(max_workers=MAX_CALLS, thread_name_prefix="loramux-fake")
+        self._server = grpc.server(self._pool)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="loramux-fake-loop", daemon=True)
         self._thread.start()
-        self._ready.wait()
-        if self._failure is not None:
-            raise RuntimeError("the fake server did not start") from self._failure
+        self._server.add_generic_rpc_handlers(tuple(self._handlers()))
+        self._port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop it; running calls are cancelled."""
-        if self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
-        if self._thread is not None:
-            self._thread.join()
         self._port = 0
+        self._server.stop(None).wait()
+        asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result()
+        self._pool.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _run(self) -> None:
-        """Run the loop of the server."""
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:  # noqa: BLE001  re-raised in __enter__
-            self._failure = error
-        finally:
-            self._ready.set()
-
-    async def _serve(self) -> None:
-        """Serve until told to stop."""
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers(tuple(self._handlers()))
-        self._port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        self._ready.set()
-        try:
-            await self._stop.wait()
-        finally:
-            await server.stop(None)
-            self._loop = None
+    async def _end_tasks(self) -> None:
+        """Wait until the handlers of cancelled calls have cleaned up."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
 
     def _handlers(self) -> list[grpc.GenericRpcHandler]:
         """Return the handlers of all services."""
@@ -180,6 +184,7 @@ class FakeServer:
             (methods.CREATE_GRANT, adapters.create_grant),
             (methods.LIST_GRANTS, adapters.list_grants),
             (methods.DELETE_GRANT, adapters.delete_grant),
+            (methods.GET_USAGE, adapters.usage),
         ]
         streams: list[tuple[Method[Any, Any], Stream]] = [
             (methods.GENERATE, generation.generate),
@@ -204,46 +209,63 @@ class FakeServer:
     def _unary(self, method: Method[Any, Any], behaviour: Unary) -> Any:
         """Wrap a handler with one response."""
 
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            call = self._record(method, request, context)
-            call.cancelled = True
-            try:
-                answer = await behaviour(self._admit(call), request)
-                call.cancelled = False
-                return answer
-            except FakeError as error:
-                call.cancelled = False
-                await _abort(context, error)
-            finally:
-                call.ended.set()
+        async def answers(tenant: str, request: Any) -> AsyncGenerator[Any, None]:
+            yield await behaviour(tenant, request)
+
+        def handle(request: Any, context: grpc.ServicerContext) -> Any:
+            answer = None
+            for answer in self._run(method, answers, request, context):  # noqa: B007  the last one is the answer
+                pass
+            return answer
 
         return handle
 
     def _stream(self, method: Method[Any, Any], behaviour: Stream) -> Any:
         """Wrap a handler with many responses."""
+        return lambda request, context: self._run(method, behaviour, request, context)
 
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            call = self._record(method, request, context)
-            call.cancelled = True
-            answers: Any = None
-            try:
-                answers = behaviour(self._admit(call), request)
-                async for answer in answers:
-                    yield answer
-                call.cancelled = False
-            except FakeError as error:
-                call.cancelled = False
-                await _abort(context, error)
-            finally:
-                if answers is not None:
-                    await answers.aclose()
-                call.ended.set()
+    def _run(
+        self, method: Method[Any, Any], behaviour: Stream, request: Any, context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        """Run a handler on the loop and pass its answers to gRPC's thread."""
+        call = self._record(method, request, context)
+        call.cancelled = True
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        pump = asyncio.run_coroutine_threadsafe(self._pump(call, behaviour, request, answers), self._loop)
 
-        return handle
+        def ended(_: Future[None]) -> None:
+            # Here and not in the pump: one that is cancelled before it has begun never runs.
+            answers.put(_END)
+            call.ended.set()
 
-    def _record(
-        self, method: Method[Any, Any], request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> RecordedCall:
+        def stop() -> None:
+            pump.cancel()
+
+        pump.add_done_callback(ended)
+        if not context.add_callback(stop):
+            stop()
+        while (answer := answers.get()) is not _END:
+            if isinstance(answer, FakeError):
+                _abort(context, answer)
+            yield answer
+
+    async def _pump(self, call: RecordedCall, behaviour: Stream, request: Any, answers: queue.SimpleQueue[Any]) -> None:
+        """Run a handler to its end, or until the call is cancelled."""
+        try:
+            if call.request is None:
+                request = _requests(request)
+            async with aclosing(behaviour(self._admit(call), request)) as events:
+                async for event in events:
+                    answers.put(event)
+            call.cancelled = False
+        except FakeError as error:
+            call.cancelled = False
+            answers.put(error)
+        except Exception as error:
+            answers.put(FakeError("INTERNAL", "", f"the fake server failed: {error!r}"))
+            raise
+
+    def _record(self, method: Method[Any, Any], request: Any, context: grpc.ServicerContext) -> RecordedCall:
         """Note a call."""
         metadata = {
             key: value if isinstance(value, str) else value.decode("latin-1")
@@ -267,9 +289,18 @@ class FakeServer:
         return call.metadata.get("x-loramux-tenant", self._tenant)
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: FakeError) -> NoReturn:
+async def _requests(messages: Iterator[Any]) -> AsyncIterator[Any]:
+    """Read a stream of requests, which blocks, in threads."""
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message
+
+
+def _abort(context: grpc.ServicerContext, error: FakeError) -> NoReturn:
     """End a call with a scripted failure."""
     if error.headers_first:
-        await context.send_initial_metadata((("x-loramux-replica", "fake-0"),))
-    await context.abort(grpc.StatusCode[error.code], error.message, error.trailers())
+        context.send_initial_metadata((("x-loramux-replica", "fake-0"),))
+        # Clients that get headers and status in one piece may not see the headers.
+        time.sleep(HEADERS_LEAD)
+    context.set_trailing_metadata(error.trailers())
+    context.abort(grpc.StatusCode[error.code], error.message)
     raise AssertionError("abort does not return")

@@ -41,10 +41,19 @@ class TestTree:
         assert names <= set(loramux.__all__)
 
     def test_names_of_the_contract(self) -> None:
-        for name in (
-            "InvalidRequest NotAuthenticated PermissionDenied AdapterNotFound AdapterIncompatible Conflict "
-            "QuotaExceeded Overloaded Unavailable DeadlineExceeded StreamInterrupted"
-        ).split():
+        for name in [
+            "InvalidRequest",
+            "NotAuthenticated",
+            "PermissionDenied",
+            "AdapterNotFound",
+            "AdapterIncompatible",
+            "Conflict",
+            "QuotaExceeded",
+            "Overloaded",
+            "Unavailable",
+            "DeadlineExceeded",
+            "StreamInterrupted",
+        ]:
             assert issubclass(getattr(loramux, name), loramux.LoramuxError)
         assert issubclass(loramux.DeadlineExceeded, TimeoutError)
         assert issubclass(loramux.InvalidRequest, ValueError)
@@ -138,9 +147,7 @@ class TestMapping:
         assert error.message == "too much"
         assert error.metadata == {"quota": "tokens"}
         assert error.retry_after == 1.25
-        assert error.field_violations == (
-            loramux.FieldViolation(field="sampling.max_tokens", description="is 9"),
-        )
+        assert error.field_violations == (loramux.FieldViolation(field="sampling.max_tokens", description="is 9"),)
         assert error.request_id == "r1"
 
     def test_details_that_are_not_ours_do_not_hide_the_status(self) -> None:

@@ -133,7 +133,13 @@ class TestBudget:
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_attempts": 0}, {"initial_backoff": 0.0}, {"initial_backoff": 9.0}, {"multiplier": 0.5}, {"max_server_wait": -1}],
+    [
+        {"max_attempts": 0},
+        {"initial_backoff": 0.0},
+        {"initial_backoff": 9.0},
+        {"multiplier": 0.5},
+        {"max_server_wait": -1},
+    ],
 )
 def test_policy_refuses_nonsense(values: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(values))):

@@ -1,0 +1,328 @@
+"""Attempts, metadata, tokens and misuse, over a real channel and with a clock that never sleeps."""
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from loramux import (
+    AsyncClient,
+    Client,
+    ClientStateError,
+    InvalidRequest,
+    NotAuthenticated,
+    NotServedYet,
+    Overloaded,
+    QuotaExceeded,
+    RetryPolicy,
+    ServerError,
+    StreamInterrupted,
+    Unavailable,
+)
+from loramux.testing import FakeError, FakeServer
+from tests.support.client_clock import FakeClock
+
+AWAY = FakeError("UNAVAILABLE")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def client(server: FakeServer, clock: FakeClock) -> Iterator[Client]:
+    with Client(server.address) as open_client:
+        open_client._transport.clock = clock
+        yield open_client
+
+
+@pytest.fixture
+async def async_client(server: FakeServer, clock: FakeClock) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(server.address) as open_client:
+        open_client._transport.clock = clock
+        yield open_client
+
+
+class TestRetries:
+    def test_before_headers(self, server: FakeServer, client: Client, clock: FakeClock) -> None:
+        server.fail("Generate", AWAY, AWAY)
+        assert client.generate("Hi").result().text == "Hi"
+        assert clock.slept == pytest.approx([0.15, 0.3])
+        calls = server.calls_of("Generate")
+        assert len(calls) == 3
+        assert len({call.metadata["x-request-id"] for call in calls}) == 1
+
+    async def test_before_headers_async(self, server: FakeServer, async_client: AsyncClient, clock: FakeClock) -> None:
+        server.fail("Generate", AWAY, AWAY)
+        assert (await async_client.generate("Hi").result()).text == "Hi"
+        assert clock.slept == pytest.approx([0.15, 0.3])
+
+    def test_after_headers_never(self, server: FakeServer, client: Client, clock: FakeClock) -> None:
+        server.fail("Generate", FakeError("UNAVAILABLE", "DRAINING", headers_first=True))
+        with pytest.raises(Unavailable):
+            client.generate("Hi").result()
+        assert len(server.calls) == 1
+        assert clock.slept == []
+
+    async def test_after_headers_never_async(
+        self, server: FakeServer, async_client: AsyncClient, clock: FakeClock
+    ) -> None:
+        server.fail("Generate", FakeError("UNAVAILABLE", "DRAINING", headers_first=True))
+        with pytest.raises(Unavailable):
+            await async_client.generate("Hi").result()
+        assert len(server.calls) == 1
+        assert clock.slept == []
+
+    def test_pushback_is_obeyed(self, server: FakeServer, client: Client, clock: FakeClock) -> None:
+        server.fail("Tokenize", FakeError("UNAVAILABLE", pushback_ms=2000))
+        client.tokenize("x")
+        assert clock.slept == pytest.approx([2.1])
+
+    def test_negative_pushback_ends_it(self, server: FakeServer, client: Client, clock: FakeClock) -> None:
+        server.fail("Tokenize", FakeError("UNAVAILABLE", pushback_ms=-1))
+        with pytest.raises(Unavailable):
+            client.tokenize("x")
+        assert clock.slept == []
+
+    async def test_pushback_async(self, server: FakeServer, async_client: AsyncClient, clock: FakeClock) -> None:
+        server.fail("Tokenize", FakeError("UNAVAILABLE", pushback_ms=2000), FakeError("UNAVAILABLE", pushback_ms=-1))
+        with pytest.raises(Unavailable):
+            await async_client.tokenize("x")
+        assert clock.slept == pytest.approx([2.1])
+
+    def test_a_quota_is_waited_for_only_within_the_deadline(
+        self, server: FakeServer, client: Client, clock: FakeClock
+    ) -> None:
+        quota = FakeError("RESOURCE_EXHAUSTED", "TENANT_QUOTA", retry_after=3.0)
+        server.fail("Generate", quota)
+        assert client.generate("Hi", timeout=60).result().text == "Hi"
+        assert clock.slept == pytest.approx([3.15])
+        server.fail("Generate", quota)
+        with pytest.raises(QuotaExceeded) as caught:
+            client.generate("Hi", timeout=2).result()
+        assert caught.value.retry_after == 3.0
+        assert len(clock.slept) == 1
+
+    @pytest.mark.parametrize(
+        ("error", "cls"),
+        [
+            (FakeError("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", retry_after=0.1), Overloaded),
+            (FakeError("RESOURCE_EXHAUSTED"), Overloaded),
+            (FakeError("RESOURCE_EXHAUSTED", "QUEUE_FULL"), Overloaded),
+            (FakeError("INTERNAL", "INTERNAL"), ServerError),
+            (FakeError("UNKNOWN"), ServerError),
+        ],
+    )
+    def test_what_is_final(
+        self, server: FakeServer, client: Client, clock: FakeClock, error: FakeError, cls: type[Exception]
+    ) -> None:
+        server.fail("Generate", error)
+        with pytest.raises(cls):
+            client.generate("Hi").result()
+        assert len(server.calls) == 1
+        assert clock.slept == []
+
+    def test_attempts_are_bounded(self, server: FakeServer, client: Client) -> None:
+        server.fail("Tokenize", *[AWAY] * 9)
+        with pytest.raises(Unavailable):
+            client.tokenize("x")
+        assert len(server.calls) == 5
+
+    def test_the_policy_can_switch_them_off(self, server: FakeServer) -> None:
+        server.fail("Tokenize", AWAY)
+        with Client(server.address, retry=RetryPolicy(max_attempts=1)) as client, pytest.raises(Unavailable):
+            client.tokenize("x")
+        assert len(server.calls) == 1
+
+    def test_the_budget_is_shared_by_views(self, server: FakeServer, client: Client) -> None:
+        server.fail("Tokenize", *[AWAY] * 200)
+        for view in (client, client.for_tenant("acme"), client.with_adapter("bot")):
+            for _ in range(10):
+                with pytest.raises(Unavailable):
+                    view.tokenize("x")
+        # 49 failures leave more than half of 100 tokens; each of the 30 calls makes its first attempt all the same.
+        assert 49 < len(server.calls) < 5 * 30
+        before = len(server.calls)
+        with pytest.raises(Unavailable):
+            client.tokenize("x")
+        assert len(server.calls) == before + 1
+
+    def test_a_mutation_keeps_its_key(self, server: FakeServer, client: Client) -> None:
+        version = server.add_adapter("bot", promote=False)
+        server.fail("UpdateAdapter", AWAY, AWAY)
+        client.adapters.promote("bot", version)
+        client.adapters.promote("bot", version)
+        keys = [call.request.idempotency_key for call in server.calls_of("UpdateAdapter")]
+        assert len(keys) == 4
+        assert keys[0] and keys[0] == keys[1] == keys[2] != keys[3]
+
+    def test_nobody_listens(self, clock: FakeClock) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            with Client(address) as client:
+                client._transport.clock = clock
+                with pytest.raises(Unavailable):
+                    client.generate("Hi").result()
+        assert len(clock.slept) == 4
+
+
+class TestMetadata:
+    async def test_reaches_unary_calls_and_streams(self, server: FakeServer) -> None:
+        with Client(server.address, token="secret", tenant="acme") as client:
+            client.model()
+            client.generate("Hi", request_id="mine").result()
+            list(client.batch_generate(["Hi"]))
+            with client.adapters.watch():
+                pass
+        async with AsyncClient(server.address, token="secret", tenant="acme") as async_client:
+            await async_client.model()
+            await async_client.generate("Hi").result()
+            _ = [item async for item in async_client.batch_generate(["Hi"])]
+            async with async_client.adapters.watch():
+                pass
+        assert len(server.calls) == 8
+        for call in server.calls:
+            assert call.metadata["authorization"] == "Bearer secret"
+            assert call.metadata["x-loramux-tenant"] == "acme"
+            assert call.metadata["x-request-id"]
+            assert call.metadata["user-agent"].startswith("loramux-python/")
+        assert server.calls[1].metadata["x-request-id"] == "mine"
+
+    def test_min_revision(self, server: FakeServer, client: Client) -> None:
+        client.with_min_revision(7).model()
+        assert server.calls[0].metadata["min_revision"] == "7"
+
+    def test_default_deadlines(self, server: FakeServer) -> None:
+        with Client(server.address, timeout=30, generate_timeout=50) as client:
+            client.model()
+            client.generate("Hi").result()
+            client.generate("Hi", timeout=float("inf")).result()
+        times = [call.time_remaining for call in server.calls]
+        assert times[0] is not None and 25 < times[0] < 35
+        assert times[1] is not None and 45 < times[1] < 55
+        assert times[2] is None or times[2] > 1e6
+
+
+class TestTokens:
+    def test_a_callable_is_asked_before_each_attempt(self, clock: FakeClock) -> None:
+        tokens = iter(["old", "new"])
+        with FakeServer(token="new") as server, Client(server.address, token=lambda: next(tokens)) as client:
+            client._transport.clock = clock
+            server.fail("GetModel", AWAY)
+            client.model()
+            sent = [call.metadata["authorization"] for call in server.calls]
+        assert sent == ["Bearer old", "Bearer new"]
+
+    async def test_a_coroutine_function_works_for_asyncio(self) -> None:
+        async def token() -> str:
+            await asyncio.sleep(0)
+            return "t"
+
+        with FakeServer(token="t") as server:
+            async with AsyncClient(server.address, token=token) as client:
+                assert (await client.model()).name == "fake"
+
+    def test_what_a_callable_returns_is_checked(self, server: FakeServer) -> None:
+        with Client(server.address, token=lambda: "two words") as client, pytest.raises(InvalidRequest, match="token"):
+            client.model()
+
+    def test_a_wrong_one(self) -> None:
+        with FakeServer(token="right") as server, Client(server.address, token="wrong") as client:
+            with pytest.raises(NotAuthenticated) as caught:
+                client.model()
+            assert caught.value.request_id == server.calls[0].metadata["x-request-id"]
+            with pytest.raises(NotAuthenticated):
+                next(iter(client.batch_generate(["a", "b"])))
+
+
+class TestMisuse:
+    def test_use_after_fork(self, server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        client.model()
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(ClientStateError, match="fork"):
+            client.model()
+        with pytest.raises(ClientStateError, match="fork"):
+            client.generate("Hi").result()
+        monkeypatch.undo()
+        assert client.model().name == "fake"
+
+    async def test_use_after_fork_async(
+        self, server: FakeServer, async_client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await async_client.model()
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(ClientStateError, match="fork"):
+            await async_client.model()
+
+    def test_a_client_belongs_to_one_loop(self, server: FakeServer) -> None:
+        client = AsyncClient(server.address)  # no loop runs here: the channel is made later
+
+        async def use() -> str:
+            return (await client.model()).name
+
+        async def use_and_close() -> str:
+            try:
+                return await use()
+            finally:
+                await client.close()
+
+        with asyncio.Runner() as first:
+            assert first.run(use()) == "fake"
+            with asyncio.Runner() as second, pytest.raises(ClientStateError, match="another event loop"):
+                second.run(use())
+            first.run(use_and_close())
+
+    def test_closed(self, server: FakeServer) -> None:
+        client = Client(server.address)
+        client.for_tenant("acme").close()
+        assert client.model().name == "fake"
+        client.close()
+        client.close()
+        with pytest.raises(ClientStateError, match="closed"):
+            client.for_tenant("acme").model()
+
+    def test_a_method_that_the_server_does_not_have(self, server: FakeServer, client: Client) -> None:
+        server.fail("GetTenantUsage", FakeError("UNIMPLEMENTED"))
+        with pytest.raises(NotServedYet):
+            list(client.adapters.usage())
+
+
+class TestThreads:
+    def test_one_client_many_threads(self, server: FakeServer) -> None:
+        texts: dict[int, str] = {}
+        with Client(server.address) as client:
+
+            def run(index: int) -> None:
+                view = client.for_tenant(f"t{index}")
+                texts[index] = view.generate(f"prompt {index}").result().text
+
+            threads = [threading.Thread(target=run, args=(index,)) for index in range(16)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert texts == {index: f"prompt {index}" for index in range(16)}
+        tenants = {call.request.text: call.metadata["x-loramux-tenant"] for call in server.calls}
+        assert tenants == {f"prompt {index}": f"t{index}" for index in range(16)}
+
+
+def test_a_server_that_goes_away(clock: FakeClock) -> None:
+    from loramux.testing import Reply
+
+    with FakeServer() as server:
+        server.reply(Reply(["Hel"], hang=True))
+        client = Client(server.address, retry=RetryPolicy(max_attempts=1))
+        stream = client.generate("Hi")
+        stream.__enter__()
+        next(stream)
+    with pytest.raises(StreamInterrupted) as caught:
+        next(stream)
+    assert caught.value.partial == "Hel"
+    with pytest.raises(Unavailable):
+        client.model()
+    client.close()
