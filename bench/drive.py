@@ -13,11 +13,11 @@ from pathlib import Path
 
 from measure import StreamTimes
 
-from loramux import AsyncClient, TokenIds
+from loramux import AsyncClient
 from loramux_base.adapter import version_digest
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.engine import Engine
-from loramux_server.engine.messages import Add, Done, PutVersion, SamplingSpec, Tokens, VersionSpec
+from loramux_server.engine.messages import Abort, Add, Done, PutVersion, SamplingSpec, Tokens, VersionSpec
 from loramux_server.engine.runner import build_runner
 
 
@@ -45,8 +45,12 @@ class EngineBench:
             for version, path in zip(self._versions, adapters, strict=True)
         )
         self._runs = 0
+        self._streams: dict[str, StreamTimes] = {}
+        self._open: set[str] = set()
 
-    def run(self, *, concurrency: int, adapters: int, prompt: int, new: int, spec: dict[str, object]) -> list[StreamTimes]:
+    def run(
+        self, *, concurrency: int, adapters: int, prompt: int, new: int, spec: dict[str, object]
+    ) -> list[StreamTimes]:
         """Send `concurrency` requests at once and step until all are done.
 
         Args:
@@ -56,37 +60,51 @@ class EngineBench:
             new: Output tokens each.
             spec: Further sampling fields.
         """
+        self.start(concurrency=concurrency, adapters=adapters, prompt=prompt, new=new, **spec)
+        while self._open:
+            self.pump()
+        return list(self._streams.values())
+
+    def start(self, *, concurrency: int, adapters: int, prompt: int, new: int, **spec: object) -> None:
+        """Send the requests of a run."""
         self._runs += 1
         generator = random.Random(self._runs)
         vocab = self.runner.ready.vocab_size
-        streams: dict[str, StreamTimes] = {}
+        self._streams = {}
         for index in range(concurrency):
             name = f"r{self._runs}-{index}"
-            streams[name] = StreamTimes(begun=time.perf_counter(), prompt_tokens=prompt)
-            self.engine.handle(
-                [
-                    Add(
-                        request_id=name,
-                        prompt_token_ids=[generator.randrange(3, vocab) for _ in range(prompt)],
-                        sampling=SamplingSpec(
-                            **{"max_tokens": new, "ignore_eos": True, "temperature": 0.0, "seed": index, **spec}
-                        ),
-                        version=self._versions[index % adapters] if adapters else None,
-                    )
-                ]
-            )
-        open_requests = len(streams)
-        while open_requests:
-            events = self.engine.step()
-            now = time.perf_counter()
-            for event in events:
-                if isinstance(event, Tokens):
-                    streams[event.request_id].arrivals.append((now, len(event.token_ids)))
-                elif isinstance(event, Done):
-                    if event.status != "finished":
-                        raise RuntimeError(f"request failed: {event.error}")
-                    open_requests -= 1
-        return list(streams.values())
+            tokens = [generator.randrange(3, vocab) for _ in range(prompt)]
+            fields = {"max_tokens": new, "ignore_eos": True, "temperature": 0.0, "seed": index, **spec}
+            version = self._versions[index % adapters] if adapters else None
+            self._streams[name] = StreamTimes(begun=time.perf_counter(), prompt_tokens=prompt)
+            add = Add(request_id=name, prompt_token_ids=tokens, sampling=SamplingSpec(**fields), version=version)
+            self.engine.handle([add])
+        self._open = set(self._streams)
+
+    def pump(self) -> None:
+        """One step; notes the times of its tokens."""
+        events = self.engine.step()
+        if self.engine.stalled:
+            time.sleep(0.001)  # everybody waits for a load: leave the interpreter to the loader thread
+        now = time.perf_counter()
+        for event in events:
+            if isinstance(event, Tokens):
+                self._streams[event.request_id].arrivals.append((now, len(event.token_ids)))
+            elif isinstance(event, Done):
+                if event.status == "failed":
+                    raise RuntimeError(f"request failed: {event.error}")
+                self._open.discard(event.request_id)
+
+    @property
+    def decoding(self) -> int:
+        """Streams that have given a token."""
+        return sum(bool(stream.arrivals) for stream in self._streams.values())
+
+    def abort(self) -> None:
+        """Cancel what is left of the run."""
+        self.engine.handle([Abort(request_id=name) for name in self._open])
+        while self._open:
+            self.pump()
 
     def step_parts(self) -> dict[str, float]:
         """Milliseconds a step by part since the engine started."""
@@ -172,7 +190,7 @@ async def _stream(
 ) -> StreamTimes:
     times = StreamTimes(begun=time.perf_counter(), prompt_tokens=len(tokens))
     fields = {"max_tokens": new, "ignore_eos": True, "temperature": 0.0, **spec}
-    async with client.generate(TokenIds(tokens), adapter=adapter, **fields) as stream:
+    async with client.generate(tokens, adapter=adapter, **fields) as stream:
         async for delta in stream:
             if delta.token_ids:
                 times.arrivals.append((time.perf_counter(), len(delta.token_ids)))

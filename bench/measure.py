@@ -99,12 +99,24 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| path | adapters | n | decode tok/s | ms/step | prefill tok/s | output tok/s | TTFT ms p50/p99 | gap ms p50/p99 |",
+        "| path | adapters | n | decode tok/s | ms/step | prefill tok/s | output tok/s "
+        "| TTFT ms p50/p99 | gap ms p50/p99 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row.path} | {row.adapters} | {row.concurrency} | {row.decode:,.0f} | {row.step_ms:.2f} | {row.prefill:,.0f} "
-        f"| {row.output:,.0f} | {row.ttft_p50:.0f} / {row.ttft_p99:.0f} | {row.gap_p50:.1f} / {row.gap_p99:.1f} |"
-        for row in rows
+    return "\n".join([*lines, *(line(row) for row in rows)])
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    cells = [
+        row.path,
+        row.adapters,
+        str(row.concurrency),
+        f"{row.decode:,.0f}",
+        f"{row.step_ms:.2f}",
+        f"{row.prefill:,.0f}",
+        f"{row.output:,.0f}",
+        f"{row.ttft_p50:.0f} / {row.ttft_p99:.0f}",
+        f"{row.gap_p50:.1f} / {row.gap_p99:.1f}",
     ]
-    return "\n".join(lines)
+    return f"| {' | '.join(cells)} |"

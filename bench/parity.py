@@ -105,9 +105,10 @@ class Served:
             self._number += 1
             results[str(self._number)] = []
             sampling = SamplingSpec(**{"temperature": 0.0, **fields})
-            add = Add(request_id=str(self._number), prompt_token_ids=prompt, sampling=sampling)
             version = self._versions[adapter]
-            self._engine.handle([Add(request_id=add.request_id, prompt_token_ids=prompt, sampling=sampling, version=version)])
+            self._engine.handle(
+                [Add(request_id=str(self._number), prompt_token_ids=prompt, sampling=sampling, version=version)]
+            )
         done = 0
         while done < len(prompts):
             for event in self._engine.step():
@@ -128,6 +129,8 @@ class Oracle:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=dtype, device_map={"": arguments.device}, local_files_only=True
         ).eval()
+        if arguments.device == "cpu":
+            model = _dense(model).to(dtype)
         for index, path in enumerate(adapters):
             if index == 0:
                 model = PeftModel.from_pretrained(model, path, adapter_name="a0")
@@ -159,6 +162,31 @@ class Oracle:
         config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=end[0])
         output = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return output[0, len(tokens) :].tolist()
+
+
+def _dense(model: torch.nn.Module) -> torch.nn.Module:
+    """Replace bitsandbytes' layers by dense ones of the weights that it dequantizes.
+
+    Its product on CPU may compute in bfloat16 whatever is asked, which is coarser than what is compared here.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Linear4bit":
+                state = child.weight.quant_state
+                weight = torch.ops.bitsandbytes.dequantize_4bit(
+                    child.weight.data, state.absmax, state.blocksize, state.quant_type, state.shape, torch.float32
+                )
+                linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=child.bias is not None)
+                linear.weight.data = weight
+                if child.bias is not None:
+                    linear.bias.data = child.bias.data
+                setattr(parent, name, linear)
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def _compare(arguments: argparse.Namespace, work: Path) -> bool:
@@ -220,8 +248,9 @@ def _teacher_forced(
                 argmax_wrong += top != expected_top
     ok = worst <= tolerance and not argmax_wrong
     print(
-        f"teacher-forced, {name}: {compared} tokens, max |log-probability difference| {worst:.2e} (tolerance {tolerance:g}); "
-        f"argmax differs on {argmax_wrong} of {argmax_checked} with a margin over the tolerance: {'ok' if ok else 'FAILED'}"
+        f"teacher-forced, {name}: {compared} tokens, max |log-probability difference| {worst:.2e} "
+        f"(tolerance {tolerance:g}); argmax differs on {argmax_wrong} of {argmax_checked} with a margin over the "
+        f"tolerance: {'ok' if ok else 'FAILED'}"
     )
     return not ok
 
@@ -234,7 +263,12 @@ def make_adapters(model: Path, work: Path) -> list[Path]:
     settings: list[dict[str, Any]] = [
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         {"r": 8, "lora_alpha": 8, "use_rslora": True, "target_modules": ["o_proj", "gate_proj", "down_proj"]},
-        {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "rank_pattern": {"up_proj": 8, "layers.1.self_attn.k_proj": 3}},
+        {
+            "r": 16,
+            "lora_alpha": 32,
+            "target_modules": "all-linear",
+            "rank_pattern": {"up_proj": 8, "layers.1.self_attn.k_proj": 3},
+        },
     ]
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     if hasattr(config, "quantization_config"):

@@ -32,14 +32,20 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(
-        hidden=256, intermediate=768, layers=4, heads=4, kv_heads=2, head_dim=64, vocab=2048, max_position=4096, tied=True
+        hidden=256,
+        intermediate=768,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        vocab=2048,
+        max_position=4096,
+        tied=True,
     ),
     "qwen2.5-0.5b": Shape(
         hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, head_dim=64, vocab=151936, tied=True
     ),
-    "qwen2.5-7b": Shape(
-        hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064
-    ),
+    "qwen2.5-7b": Shape(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064),
 }
 
 

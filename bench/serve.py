@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from drive import EngineBench, ServerBench
-from measure import Row, percentile, summarize, table
+from measure import Row, line, percentile, summarize, table
 from random_model import SHAPES, write_adapter, write_checkpoint
 
 from loramux_base.checkpoint import read_json
@@ -27,15 +27,18 @@ def main() -> None:
     """Parse, build, run, print."""
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as temporary:
-        work = Path(temporary)
+        work = arguments.work or Path(temporary)
         device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
         counts = [int(value) for value in arguments.adapters.split(",")]
         if arguments.model is None:
-            model = work / "model"
-            write_checkpoint(model, SHAPES[arguments.random], nf4=arguments.weights == "nf4", device=device)
-            adapters = [work / f"adapter{index}" for index in range(max(counts))]
+            shape = SHAPES[arguments.random]
+            model = work / f"{arguments.random}-{'nf4' if arguments.weights == 'nf4' else 'bf16'}"
+            if not model.exists():
+                write_checkpoint(model, shape, nf4=arguments.weights == "nf4", device=device)
+            adapters = [work / f"adapter-r{arguments.rank}-{index}" for index in range(max(counts))]
             for index, path in enumerate(adapters):
-                write_adapter(path, SHAPES[arguments.random], rank=arguments.rank, seed=index, device=device)
+                if not path.exists():
+                    write_adapter(path, shape, rank=arguments.rank, seed=index, device=device)
         else:
             model, adapters = Path(arguments.model), [Path(path) for path in arguments.adapter or []]
             if max(counts) > len(adapters):
@@ -62,9 +65,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="output tokens")
-    parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95, top_k 50 instead of greedy")
-    parser.add_argument("--closed-loop", type=int, default=0, metavar="N", help="also N requests, closed loop, via gRPC")
+    parser.add_argument(
+        "--sampled", action="store_true", help="temperature 0.8, top_p 0.95, top_k 50 instead of greedy"
+    )
+    parser.add_argument(
+        "--closed-loop", type=int, default=0, metavar="N", help="also N requests, closed loop, via gRPC"
+    )
     parser.add_argument("--skip", choices=["engine", "grpc"], action="append", default=[])
+    parser.add_argument("--work", type=Path, help="keep random checkpoints and adapters here for the next run")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     return parser.parse_args()
 
@@ -94,6 +102,7 @@ def _measure(arguments: argparse.Namespace, model: Path, adapters: list[Path], c
             for streams in concurrency:
                 times = engine.run(concurrency=streams, adapters=count, **shape)
                 rows.append(summarize(times, path="engine", adapters=str(count or "base")))
+                print(line(rows[-1]), flush=True)
         print("ms a step by part:", {name: round(value, 2) for name, value in engine.step_parts().items()})
         engine.runner.close()
         del engine
@@ -130,6 +139,7 @@ async def _measure_server(
             for streams in concurrency:
                 times = await server.run(concurrency=streams, adapters=count, **shape)
                 rows.append(summarize(times, path="grpc", adapters=str(count or "base")))
+                print(line(rows[-1]), flush=True)
         if arguments.closed_loop:
             seconds, streams = await server.closed_loop(
                 clients=max(concurrency),
