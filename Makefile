@@ -15,12 +15,14 @@ ARGS ?=# further arguments of serve, test and bench
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRITON := 3.6.0# what the torch of the GPU tests comes with
+TRITON_DIR := .triton/$(TRITON)
 BUF := npx --yes @bufbuild/buf@1.75.0
 
 # Idle OpenMP threads that spin starve the other process of a small machine; must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup serve test lint format types protos protos-check protos-lint bench sdk-floor ci clean
+.PHONY: help setup serve test test-triton lint format types protos protos-check protos-lint bench sdk-floor ci clean
 
 help: ## List the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -43,6 +45,12 @@ serve: $(STAMP) ## Serve MODEL on 127.0.0.1:PORT
 
 test: $(STAMP) ## Run all tests that need no GPU; needs no network, weights or fixed port
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+test-triton: $(STAMP) ## Run the Triton kernels in Triton's interpreter, which needs no GPU (Linux)
+	@test -d $(TRITON_DIR)/triton \
+	  || $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(TRITON_DIR) triton==$(TRITON)
+	PYTHONPATH=$(TRITON_DIR) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(BIN)/python -m pytest tests/unit/kernels/test_triton_interpreter.py $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and import layers
 	$(BIN)/ruff check .
@@ -73,8 +81,8 @@ bench: $(STAMP) ## Print throughput and latency on this machine's CPU
 sdk-floor: $(STAMP) ## Install the wheel alone with the lowest and the newest grpcio and protobuf, and use it
 	$(BIN)/python .ci/sdk_floor.py
 
-ci: lint types protos-lint protos-check sdk-floor test ## Everything that a change has to pass
+ci: lint types protos-lint protos-check sdk-floor test-triton test ## Everything that a change has to pass
 
 clean: ## Remove what the targets above made
-	rm -rf $(VENV) .protos-venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .protos-venv .triton build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loramux import Client
 from tests.e2e.otlp_collector import Collector
-from tests.e2e.real_server import RealServer, real_server
+from tests.e2e.real_server import RealServer, publish, real_server
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +41,6 @@ def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapp
             alpha_pattern={"gate_proj": 4},
         ),
     }
-
-
-def publish(server: RealServer, adapters: Mapping[str, Path], *names: str) -> None:
-    """Upload adapters under their own names and give them all traffic."""
-    with Client(server.address) as client:
-        for name in names:
-            client.adapters.upload(adapters[name], name=name, promote=True)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loramux import Client
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 110.0
 _SERVING = re.compile(r"loramux serving on (\S+)")
@@ -224,6 +226,13 @@ def real_server(model: Path, store: Path, *flags: str, **variables: str) -> Iter
         server.stop()
 
 
+def publish(server: RealServer, adapters: Mapping[str, Path], *names: str) -> None:
+    """Upload adapters under their own names and give them all traffic."""
+    with Client(server.address) as client:
+        for name in names:
+            client.adapters.upload(adapters[name], name=name, promote=True)
+
+
 def at_rest(metrics: Mapping[str, float]) -> dict[str, float]:
     """The series that have to come back to where they were when nothing runs."""
     names = (
@@ -239,6 +248,11 @@ def at_rest(metrics: Mapping[str, float]) -> dict[str, float]:
 async def eventually(condition: Callable[[], bool], what: str, *, seconds: float = 30.0) -> float:
     """`wait_until` for tests that hold open streams on the event loop."""
     return await asyncio.to_thread(wait_until, condition, what, seconds=seconds)
+
+
+async def settled(server: RealServer, *, seconds: float = 30.0) -> float:
+    """Wait until nothing runs, waits or holds a page, and return how long it took."""
+    return await eventually(lambda: not any(at_rest(server.metrics()).values()), "at rest", seconds=seconds)
 
 
 def log_entries(server: RealServer) -> list[dict[str, Any]]:

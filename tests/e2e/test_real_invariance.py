@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from loramux import AsyncClient, GenerationResult
-from tests.e2e.conftest import publish
 from tests.e2e.otlp_collector import Collector
-from tests.e2e.real_server import RealServer, eventually, real_server
+from tests.e2e.real_server import RealServer, eventually, publish, real_server
 
 ADAPTERS = (None, "v1", "rslora", "attention")
 SHORT, LONG = 10, 80

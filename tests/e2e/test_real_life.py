@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loramux import AsyncClient, LoramuxError, RetryPolicy, ServerState, StreamInterrupted, Unavailable
-from tests.e2e.real_server import RealServer, alive, at_rest, children_of, eventually, real_server
+from tests.e2e.real_server import RealServer, alive, children_of, eventually, real_server, settled
 
 PROMPT = "The quick brown fox"
 LONG = 1500
@@ -56,7 +56,7 @@ async def test_streams_end_when_the_engine_is_killed_and_the_server_serves_again
             assert isinstance(error, StreamInterrupted)
             assert (error.code, error.reason) == ("UNAVAILABLE", "ENGINE_UNAVAILABLE")
             assert error.tokens_received > 0
-        assert victim.metric("loramux_rpc_running") == 0
+        await eventually(lambda: victim.metric("loramux_rpc_running") == 0, "all calls ended", seconds=5)
         assert (await client.status()).state is ServerState.ENGINE_RESTARTING
 
         with pytest.raises(Unavailable) as refused:
@@ -71,18 +71,18 @@ async def test_streams_end_when_the_engine_is_killed_and_the_server_serves_again
         assert result.token_ids == before
         assert victim.engine != engine
         assert (await client.status()).state is ServerState.SERVING
-        assert at_rest(victim.metrics())["loramux_requests_running"] == 0
+        await settled(victim)
         assert victim.metric("loramux_generations_total", outcome="failed") == 20
 
 
 async def test_sigterm_lets_streams_finish_and_a_successor_goes_on(
     victim: RealServer, checkpoint: Path, store: Path, adapters: Mapping[str, Path]
 ) -> None:
-    children = set(children_of(victim.process.pid))
-    assert children
     async with AsyncClient(victim.address, retry=RetryPolicy(max_attempts=1)) as client:
         await client.adapters.upload(adapters["v2"], name="kept", promote=True)
         kept = await client.generate(PROMPT, adapter="kept", temperature=0, max_tokens=16, ignore_eos=True).result()
+        children = children_of(victim.process.pid)
+        assert len(children) == 2, "engine and worker"
         streams = [client.generate(f"{PROMPT} {i}", max_tokens=400, ignore_eos=True) for i in range(4)]
         async with streams[0], streams[1], streams[2], streams[3]:
             for stream in streams:

@@ -20,8 +20,7 @@ from loramux import (
     RetryPolicy,
     SamplingParams,
 )
-from tests.e2e.conftest import publish
-from tests.e2e.real_server import RealServer, at_rest, eventually, real_server
+from tests.e2e.real_server import RealServer, eventually, publish, real_server, settled
 
 NAMES = ("v1", "v2", "attention", "rslora")
 QUEUED, RUNNING = 12, 8
@@ -63,18 +62,16 @@ async def test_more_adapters_than_the_slab_holds(cramped: RealServer, fresh_serv
     async with _client(cramped) as client, _client(fresh_server) as fresh:
         jobs = [(NAMES[index % len(NAMES)], _prompt(index)) for index in range(12)]
         answers = await asyncio.gather(
-            *(client.generate(p, adapter=n, temperature=0, max_tokens=40, ignore_eos=True).result() for n, p in jobs)
+            *(client.generate(p, adapter=n, temperature=0, max_tokens=60, ignore_eos=True).result() for n, p in jobs)
         )
         expected = await asyncio.gather(
-            *(fresh.generate(p, adapter=n, temperature=0, max_tokens=40, ignore_eos=True).result() for n, p in jobs)
+            *(fresh.generate(p, adapter=n, temperature=0, max_tokens=60, ignore_eos=True).result() for n, p in jobs)
         )
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
     assert [answer.adapter_version for answer in answers] == [answer.adapter_version for answer in expected]
-    await eventually(lambda: cramped.metric("loramux_requests_running") == 0, "idle")
+    await settled(cramped)
     assert cramped.metric("loramux_adapter_evictions_total") > 0
-    assert cramped.metric("loramux_preemptions_total") > 0
     assert cramped.metric("loramux_slab_rank_units_used") <= 2
-    assert cramped.metric("loramux_kv_pages_used") == 0
     assert "out of memory in a step" in cramped.log_text(), "the fault point was reached, and no caller saw it"
 
 
@@ -92,7 +89,7 @@ async def test_a_full_queue_refuses_and_the_others_are_served(cramped: RealServe
         assert {result.usage.output_tokens for result in served} == {40}
         for error in refused:
             assert isinstance(error, LoramuxError) and error.retry_after is not None and str(QUEUED) in error.message
-    assert set(at_rest(cramped.metrics()).values()) == {0.0}
+    await settled(cramped)
 
 
 async def test_what_can_never_fit_is_refused_at_once(cramped: RealServer) -> None:
@@ -118,7 +115,7 @@ async def test_a_deleted_adapter_serves_what_it_has_begun(cramped: RealServer, a
             result = await stream.result()
         assert result.adapter_version == version.name
         assert len(result.token_ids) == 250
-        await eventually(lambda: cramped.metric("loramux_requests_running") == 0, "idle")
+        await settled(cramped)
         again = await client.adapters.upload(adapters["pattern"], name="leaving", promote=True)
         assert again.name == version.name, "equal bytes are the same version"
         later = await client.generate("x", adapter="leaving", max_tokens=1, ignore_eos=True).result()
@@ -146,4 +143,4 @@ async def test_a_batch_larger_than_the_queue_waits_in_its_call(cramped: RealServ
         items = [item async for item in client.batch_generate(requests, window=240)]
     assert {item.item_id for item in items} == {request.item_id for request in requests}
     assert {len(item.unwrap().token_ids) for item in items} == {6}
-    assert set(at_rest(cramped.metrics()).values()) == {0.0}
+    await settled(cramped)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loramux import AsyncClient, FinishReason, GenerationResult
-from tests.e2e.real_server import RealServer, at_rest, eventually
+from tests.e2e.real_server import RealServer, settled
 
 NAMES = (None, "v1", "attention", "rslora", "pattern")
 
@@ -36,7 +36,7 @@ async def test_cancelled_streams_leave_nothing_behind(server: RealServer) -> Non
             result = await greedy(client, token_prompt(1), name, 1)
             if name is not None and result.adapter_version is not None:
                 versions[name] = result.adapter_version
-        await eventually(lambda: at_rest(server.metrics())["loramux_requests_running"] == 0, "idle")
+        await settled(server)
         before = server.metrics()
         max_tokens = 40
 
@@ -65,7 +65,7 @@ async def test_cancelled_streams_leave_nothing_behind(server: RealServer) -> Non
         assert {result.usage.output_tokens for result in complete} == {max_tokens}
         assert {result.finish_reason for result in complete} == {FinishReason.LENGTH}
 
-        seconds = await eventually(lambda: at_rest(server.metrics()) == at_rest(before), "back at the start", seconds=5)
+        seconds = await settled(server, seconds=5)
         print(f"seconds_to_rest: {seconds:.2f}")
         after = server.metrics()
         for unchanged in ("loramux_slab_rank_units_used", "loramux_slab_versions", "loramux_preemptions_total"):
@@ -180,7 +180,7 @@ async def test_every_answer_is_of_the_version_that_it_names(server: RealServer, 
 
 
 async def test_a_client_that_vanishes_leaves_nothing_behind(server: RealServer) -> None:
-    before = at_rest(server.metrics())
+    await settled(server)
     client = AsyncClient(server.address)
     streams = [client.generate(token_prompt(500 + i), adapter="v1", max_tokens=1500, ignore_eos=True) for i in range(8)]
     for stream in streams:
@@ -188,4 +188,4 @@ async def test_a_client_that_vanishes_leaves_nothing_behind(server: RealServer) 
         await anext(aiter(stream))
     assert server.metric("loramux_rpc_running") == 8
     await client.close()
-    await eventually(lambda: at_rest(server.metrics()) == before, "back at the start", seconds=5)
+    await settled(server, seconds=5)

@@ -130,6 +130,7 @@ class EngineClient:
         self._serving = False
         self._why_not = why
         self.ready = None
+        self.stats = None
         self._outbox.clear()
         if self._protocol is not None and self._protocol.transport is not None:
             self._protocol.transport.abort()
