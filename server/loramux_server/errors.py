@@ -161,9 +161,7 @@ class ResourceExhausted(LoramuxServerError):
 class Unavailable(LoramuxServerError):
     """A part of the server is away; retry."""
 
-    reasons = frozenset(
-        {Reason.ENGINE_UNAVAILABLE, Reason.STORE_UNAVAILABLE, Reason.ADAPTER_LOADING, Reason.DRAINING}
-    )
+    reasons = frozenset({Reason.ENGINE_UNAVAILABLE, Reason.STORE_UNAVAILABLE, Reason.ADAPTER_LOADING, Reason.DRAINING})
 
 
 class Expired(LoramuxServerError):
