@@ -95,6 +95,12 @@ from loramux._types import (
 )
 from loramux._version import __version__
 
+for _error in list(vars().values()):
+    if isinstance(_error, type) and issubclass(_error, LoramuxError):
+        # Tracebacks and pickles name what users can import.
+        _error.__module__ = __name__
+del _error
+
 __all__ = [
     "Adapter",
     "AdapterEvent",

@@ -149,6 +149,11 @@ def versions_request(name: str, *, states: Sequence[VersionState], page_size: in
     )
 
 
+def grants_request(name: str, *, page_size: int) -> pb.ListGrantsRequest:
+    """Build the request of a page of grants."""
+    return build("page_size", lambda: pb.ListGrantsRequest(adapter=name, page_size=page_size))
+
+
 def preload_request(name: str, level: ResidencyLevel) -> pb.PreloadAdapterRequest:
     """Build the request to make an adapter resident."""
     if level not in _LEVELS:

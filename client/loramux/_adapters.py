@@ -62,7 +62,7 @@ class Adapters:
             promote: Whether the version gets all traffic at once.
             labels: Labels for an adapter that is created.
             timeout: Seconds for all of it; None for an hour, `math.inf` for no limit.
-            progress: Called with bytes sent and bytes in all.
+            progress: Called with bytes sent and bytes in all, in the thread that sends; an error of it ends the upload.
 
         Returns:
             The version, READY.
@@ -106,6 +106,7 @@ class Adapters:
             outcome = self._transport.send_stream(
                 methods.WRITE_UPLOAD, pieces, self._view, timeout=self._left(deadline)
             )
+            pieces.check()
             if not isinstance(outcome, Failure):
                 if not position.move(outcome.upload):
                     raise position.stalled()
@@ -302,7 +303,7 @@ class Adapters:
 
     def grants(self, name: str = "", *, page_size: int = 100) -> Iterator[Grant]:
         """Iterate over the grants on an adapter, or on all of the tenant."""
-        request = pb.ListGrantsRequest(adapter=name, page_size=page_size)
+        request = requests.grants_request(name, page_size=page_size)
         while True:
             page = self._transport.unary(methods.LIST_GRANTS, request, self._view)
             for grant in page.grants:

@@ -23,7 +23,7 @@ from loramux._adapter_types import (
     VersionState,
 )
 from loramux._async_streaming import AsyncAdapterWatch
-from loramux._async_transport import AsyncStreamCall, AsyncTransport
+from loramux._async_transport import AsyncStreamCall, AsyncTransport, task_is_cancelled
 from loramux._connection import View, checked_timeout
 from loramux._status import Failure
 from loramux._upload import LocalAdapter, Progress, UploadPosition, local_adapter, remaining
@@ -71,7 +71,7 @@ class AsyncAdapters:
             promote: Whether the version gets all traffic at once.
             labels: Labels for an adapter that is created.
             timeout: Seconds for all of it; None for an hour, `math.inf` for no limit.
-            progress: Called with bytes sent and bytes in all.
+            progress: Called with bytes sent and bytes in all, in the thread that sends; an error of it ends the upload.
 
         Returns:
             The version, READY.
@@ -113,10 +113,17 @@ class AsyncAdapters:
         """Send the bytes, resuming while the upload gets further."""
         attempts = self._transport.attempts(self._left(deadline))
         while not position.complete:
-            pieces = _read_ahead(local.pieces(position.upload_id, position.committed, progress))
-            outcome = await self._transport.send_stream(
-                methods.WRITE_UPLOAD, pieces, self._view, timeout=self._left(deadline)
-            )
+            pieces = local.pieces(position.upload_id, position.committed, progress)
+            try:
+                outcome = await self._transport.send_stream(
+                    methods.WRITE_UPLOAD, _read_ahead(pieces), self._view, timeout=self._left(deadline)
+                )
+            except asyncio.CancelledError:
+                # So grpc.aio shows an exception of the pieces; a cancelled task stays cancelled.
+                if not task_is_cancelled():
+                    pieces.check()
+                raise
+            pieces.check()
             if not isinstance(outcome, Failure):
                 if not position.move(outcome.upload):
                     raise position.stalled()
@@ -315,7 +322,7 @@ class AsyncAdapters:
 
     async def grants(self, name: str = "", *, page_size: int = 100) -> AsyncIterator[Grant]:
         """Iterate over the grants on an adapter, or on all of the tenant."""
-        request = pb.ListGrantsRequest(adapter=name, page_size=page_size)
+        request = requests.grants_request(name, page_size=page_size)
         while True:
             page = await self._transport.unary(methods.LIST_GRANTS, request, self._view)
             for grant in page.grants:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -16,18 +15,19 @@ from loramux._async_adapters import AsyncAdapters
 from loramux._async_batching import batch_generate
 from loramux._async_streaming import AsyncGenerationStream
 from loramux._async_transport import AsyncStreamCall, AsyncTransport
-from loramux._batch import DEFAULT_WINDOW
-from loramux._connection import ChannelOption, TLSConfig, View, checked_id, checked_timeout, checked_token, connection
+from loramux._batch import DEFAULT_WINDOW, group_size
+from loramux._connection import ChannelOption, TLSConfig, checked_timeout, checked_token, connection
 from loramux._model_types import Model, ServerStatus
 from loramux._prompt_types import BatchRequest, Prompt, SamplingFields, SamplingParams
-from loramux._requests import build, generate_request, invalid, merge_sampling, tokenize_request
+from loramux._requests import build, invalid, tokenize_request
 from loramux._retry import RetryPolicy
 from loramux._types import BatchItem, Tokenization
+from loramux._views import ClientViews
 from loramux.v1 import generation_pb2 as pb
 from loramux.v1 import model_pb2
 
 
-class AsyncClient:
+class AsyncClient(ClientViews):
     """A client for asyncio, on one event loop.
 
     It connects at the first call. `for_tenant`, `with_adapter` and `with_min_revision` give cheap immutable views on
@@ -49,6 +49,8 @@ class AsyncClient:
     Raises:
         InvalidRequest: An argument cannot be used.
     """
+
+    _transport: AsyncTransport
 
     def __init__(
         self,
@@ -77,43 +79,7 @@ class AsyncClient:
             target, token=token, policy=retry or RetryPolicy(), timeout=checked_timeout(timeout, None)
         )
         self._generate_timeout = checked_timeout(generate_timeout, None)
-        self._view = View()
-        self._owner = True
-        if tenant is not None:
-            self._view = replace(self._view, tenant=checked_id("tenant", tenant))
-        if adapter is not None:
-            self._view = replace(self._view, adapter=checked_id("adapter", adapter))
-
-    def _with(self, view: View) -> Self:
-        """Return a client with another view on the same connection."""
-        other = object.__new__(type(self))
-        other._transport = self._transport
-        other._generate_timeout = self._generate_timeout
-        other._view = view
-        other._owner = False
-        return other
-
-    def for_tenant(self, tenant: str) -> Self:
-        """Return a view that acts for a tenant."""
-        return self._with(replace(self._view, tenant=checked_id("tenant", tenant)))
-
-    def with_adapter(self, adapter: str | None) -> Self:
-        """Return a view whose generations use an adapter; None goes back to the tenant's default.
-
-        Args:
-            adapter: `{a}`, `{a}@{v}`, `tenants/{t}/adapters/{a}` or a full version name.
-        """
-        return self._with(replace(self._view, adapter=None if adapter is None else checked_id("adapter", adapter)))
-
-    def with_min_revision(self, revision: int) -> Self:
-        """Return a view that reads its own writes: replicas wait until they have seen a registry revision.
-
-        Args:
-            revision: For example `Adapter.revision` of the answer to a change.
-        """
-        if isinstance(revision, bool) or not isinstance(revision, int) or not 0 <= revision < 2**64:
-            raise invalid("revision", f"is {revision!r}; it must be an unsigned 64-bit number")
-        return self._with(replace(self._view, min_revision=revision))
+        self._begin(tenant=tenant, adapter=adapter)
 
     @property
     def adapters(self) -> AsyncAdapters:
@@ -145,21 +111,25 @@ class AsyncClient:
         Raises:
             InvalidRequest: The request can never be served.
         """
-        params = merge_sampling(sampling, fields)
-        request = generate_request(
+        made = self._generation(
             prompt,
-            adapter=self._view.adapter if adapter is None else adapter,
-            sampling=params,
+            adapter=adapter,
+            sampling=sampling,
+            timeout=timeout,
             add_special_tokens=add_special_tokens,
+            request_id=request_id,
+            fields=fields,
         )
-        limit = checked_timeout(timeout, self._generate_timeout)
-        correlation = None if request_id is None else checked_id("request_id", request_id)
-        view = replace(self._view, adapter=request.adapter if request.HasField("adapter") else None)
         return AsyncGenerationStream(
             lambda: AsyncStreamCall(
-                self._transport, methods.GENERATE, request, view, timeout=limit, request_id=correlation
+                self._transport,
+                methods.GENERATE,
+                made.request,
+                made.view,
+                timeout=made.timeout,
+                request_id=made.request_id,
             ),
-            1 if params is None or params.n is None else params.n,
+            made.n,
         )
 
     def batch_generate(
@@ -183,10 +153,12 @@ class AsyncClient:
             pin_versions: Whether each group resolves adapters without a version once, on arrival.
 
         Raises:
+            InvalidRequest: The window or the timeout is out of range.
             NotAuthenticated: The credential is not valid. So with PermissionDenied, NotServedYet and
                 ClientStateError; everything else is about items.
         """
         limit = checked_timeout(timeout, None)
+        group_size(window)  # refused here, not at the first answer
         return batch_generate(
             self._transport, self._view, requests, window=window, timeout=limit, pin_versions=pin_versions
         )

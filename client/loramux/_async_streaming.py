@@ -25,6 +25,8 @@ class AsyncGenerationStream(StreamViews):
     come from any on the same loop. A cancelled task gets `asyncio.CancelledError`, and the call ends with it.
     """
 
+    _block = "async with"
+
     def __init__(self, make: Callable[[], AsyncStreamCall[generation_pb2.GenerateResponse]], n: int) -> None:
         super().__init__(GenerationFold(n))
         self._make = make

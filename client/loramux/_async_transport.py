@@ -75,6 +75,11 @@ class AsyncTransport:
         self.calls: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
+    def target(self) -> str:
+        """Where it connects."""
+        return self._connection.target
+
+    @property
     def closed(self) -> bool:
         """Whether the client was closed."""
         return self._closed
@@ -247,7 +252,7 @@ class AsyncStreamCall(Generic[R]):
         self._timeout = timeout
         self.request_id = new_request_id() if request_id is None else request_id
         self.span = start_span(method, view)
-        self._cancelled = False
+        self._cancelled = asyncio.Event()
         self._call: Any = None
         self._first: R | None = None
         self._ended = False
@@ -266,10 +271,11 @@ class AsyncStreamCall(Generic[R]):
                     attempts.succeeded()
                     self._first = outcome
                     return
-                delay = None if self._cancelled else attempts.wait_for(outcome)
+                delay = attempts.wait_for(outcome)
                 if delay is None:
                     raise outcome.error
-                await self._transport.pause(delay)
+                if await self._transport.clock.wait_async(self._cancelled, delay):
+                    raise Cancelled("the call was cancelled", request_id=self.request_id)
         except BaseException as error:
             self.span.end(error)
             self.cancel()
@@ -286,7 +292,7 @@ class AsyncStreamCall(Generic[R]):
         )
         self._call = begin(self._request, timeout=timeout, metadata=metadata)
         self._transport.calls.add(self._call)
-        if self._cancelled:
+        if self._cancelled.is_set():
             self._call.cancel()
         return await self._next(headers_seen=False)
 
@@ -298,7 +304,7 @@ class AsyncStreamCall(Generic[R]):
             return failure_of(error, request_id=self.request_id, headers_seen=headers_seen)
         except asyncio.CancelledError:
             # grpc.aio raises this for a call cancelled on this side as well; only a cancelled task may see it.
-            if task_is_cancelled() or not (self._cancelled or self._transport.closed):
+            if task_is_cancelled() or not (self._cancelled.is_set() or self._transport.closed):
                 self._call.cancel()
                 raise
             text = "the client was closed" if self._transport.closed else "the call was cancelled"
@@ -331,7 +337,7 @@ class AsyncStreamCall(Generic[R]):
 
     def cancel(self) -> None:
         """End the call; nothing happens if it has ended."""
-        self._cancelled = True
+        self._cancelled.set()
         if self._call is not None:
             self._call.cancel()
         self.span.end()

@@ -24,6 +24,15 @@ class Clock:
         """Sleep unless `event` is set meanwhile; True if it was."""
         return event.wait(seconds)
 
+    async def wait_async(self, event: asyncio.Event, seconds: float) -> bool:
+        """Sleep on the running loop unless `event` is set meanwhile; True if it was."""
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def sleep(self, seconds: float) -> None:
         """Sleep on the running loop."""
         await asyncio.sleep(seconds)

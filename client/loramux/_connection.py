@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import grpc
 
@@ -58,6 +57,11 @@ class View:
     tenant: str | None = None
     adapter: str | None = None
     min_revision: int | None = None
+
+    def shown(self) -> str:
+        """What is set, as further arguments in the `repr` of a client."""
+        set_fields = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return "".join(f", {name}={value!r}" for name, value in set_fields if value is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,11 +220,15 @@ def call_metadata(view: View, *, token: str | None, request_id: str) -> list[tup
     return metadata
 
 
+# No deadline: gRPC's clock overflows long before a float does.
+_LONGEST_TIMEOUT = 366 * 24 * 3600.0
+
+
 def checked_timeout(timeout: float | None, default: float | None) -> float | None:
     """Return the seconds that a call may take; None for no limit.
 
     Args:
-        timeout: Of the call; None takes the default, `math.inf` means no limit.
+        timeout: Of the call; None takes the default; `math.inf`, like anything above a year, means no limit.
         default: Of the client.
 
     Raises:
@@ -231,4 +239,4 @@ def checked_timeout(timeout: float | None, default: float | None) -> float | Non
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise invalid("timeout", f"is {value!r}; it must be a number of seconds above 0, or math.inf for no limit")
-    return None if math.isinf(value) else float(value)
+    return None if value > _LONGEST_TIMEOUT else float(value)

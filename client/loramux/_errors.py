@@ -90,7 +90,11 @@ class LoramuxError(Exception):
         parts = [self.message, f"[{self.reason or self.code}]"]
         if self.request_id:
             parts.append(f"(request {self.request_id})")
-        parts += [f"{violation.field}: {violation.description}" for violation in self.field_violations]
+        parts += [
+            f"{violation.field}: {violation.description}"
+            for violation in self.field_violations
+            if violation.description not in self.message  # said already
+        ]
         return " ".join(parts)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -174,7 +174,9 @@ class GenerationFold:
     """
 
     def __init__(self, n: int) -> None:
-        self._sequences = {index: _Sequence() for index in range(n)}
+        self._n = n
+        # Made as they come: n is the caller's, and only the server knows that it is too large.
+        self._sequences: dict[int, _Sequence] = {}
         self._finished: dict[int, Finished] = {}
         self._prompt_logprobs: list[PositionLogprobs] = []
         self.started: Started | None = None
@@ -183,7 +185,7 @@ class GenerationFold:
     @property
     def complete(self) -> bool:
         """Whether every sequence has ended and the counts are there."""
-        return self.started is not None and self.usage is not None and len(self._finished) == len(self._sequences)
+        return self.started is not None and self.usage is not None and len(self._finished) == self._n
 
     @property
     def finished(self) -> tuple[Finished, ...]:
@@ -193,7 +195,7 @@ class GenerationFold:
     @property
     def sequences(self) -> int:
         """Sequences that were asked for."""
-        return len(self._sequences)
+        return self._n
 
     def apply(self, event: pb.GenerateResponse) -> Delta | None:
         """Take the next event; returns the piece of output if it is one. Unknown events are ignored."""
@@ -219,8 +221,9 @@ class GenerationFold:
 
     def outputs(self) -> tuple[Output, ...]:
         """Return what has come of every sequence."""
+        indices = sorted(self._sequences) if self.started is None else range(self._n)
         return tuple(
-            sequence.output(index, self._finished.get(index)) for index, sequence in sorted(self._sequences.items())
+            self._sequences.get(index, _Sequence()).output(index, self._finished.get(index)) for index in indices
         )
 
     def result(self) -> GenerationResult:

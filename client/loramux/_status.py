@@ -172,6 +172,9 @@ def failure_from_call(
     status = _details(details)
     if status is None or status.code >= len(CODE_NAMES) or CODE_NAMES[status.code] != code:
         status = status_pb2.Status(code=CODE_NAMES.index(code) if code in CODE_NAMES else 2, message=message)
+    if code == "DEADLINE_EXCEEDED" and details is None:
+        # Made by gRPC on this side, whose words say neither what was up nor what to do.
+        status.message = f"the timeout passed before the answer was complete; allow more time ({message})"
     error = error_from_status(status, request_id=request_id)
     if pushback is not None and pushback >= 0 and error.retry_after is None:
         error.retry_after = pushback

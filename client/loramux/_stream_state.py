@@ -22,10 +22,18 @@ class Phase(enum.Enum):
 class StreamViews:
     """State of a generation's stream."""
 
+    _block = "with"
+
     def __init__(self, fold: GenerationFold) -> None:
         self._fold = fold
         self._phase = Phase.NEW
         self._failure: LoramuxError | None = None
+
+    def __repr__(self) -> str:
+        """Show its phase and what runs; nothing of prompt or output."""
+        started = self._fold.started
+        name = "" if started is None else f" {started.generation_id}"
+        return f"<{type(self).__name__} {self._phase.name.lower()}{name}>"
 
     @property
     def started(self) -> Started:
@@ -78,7 +86,8 @@ class StreamViews:
         """Refuse to iterate outside of the block."""
         if self._phase is Phase.NEW:
             raise ClientStateError(
-                "the stream is not open: iterate inside of `with client.generate(...) as stream:`, or call result()"
+                f"the stream is not open: iterate inside of `{self._block} client.generate(...) as stream:`, "
+                "or call result()"
             )
         if self._phase is Phase.LEFT:
             raise ClientStateError("the stream is closed: its block has been left")

@@ -65,16 +65,28 @@ class Transport:
         self._pid = 0
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether the client was closed."""
+        return self._closed
+
+    @property
+    def target(self) -> str:
+        """Where it connects."""
+        return self._connection.target
+
     def channel(self) -> grpc.Channel:
         """Return the channel.
 
         Raises:
             ClientStateError: The client is closed, or was used by the parent before a fork.
         """
-        if self._closed:
-            raise ClientStateError("the client is closed")
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             with self._lock:
+                # Looked at inside: a channel made after close() would never be closed.
+                if self._closed:
+                    raise ClientStateError("the client is closed")
                 if self._channel is None:
                     credentials = self._connection.credentials()
                     target, options = self._connection.target, self._connection.options
@@ -84,14 +96,15 @@ class Transport:
                         if credentials is None
                         else grpc.secure_channel(target, credentials, options)
                     )
+                channel = self._channel
         if self._pid != os.getpid():
             raise ClientStateError("the client was used before a fork; make a new one in the child process")
-        return self._channel
+        return channel
 
     def close(self) -> None:
         """Close the channel; running calls end with an error."""
-        self._closed = True
         with self._lock:
+            self._closed = True
             channel, self._channel = self._channel, None
         # A channel of the parent process must not be touched after a fork.
         if channel is not None and self._pid == os.getpid():
@@ -275,8 +288,16 @@ class StreamCall(Generic[R]):
         except StopIteration:
             self._ended = True
         except grpc.RpcError as error:
-            return failure_of(error, request_id=self.request_id, headers_seen=False)
+            return self._failure(error, headers_seen=False)
         return None
+
+    def _failure(self, error: grpc.RpcError, *, headers_seen: bool) -> Failure:
+        """Convert what the call raised; our own end of it gets words that say so."""
+        failure = failure_of(error, request_id=self.request_id, headers_seen=headers_seen)
+        if failure.error.code == "CANCELLED" and (self._cancelled.is_set() or self._transport.closed):
+            text = "the client was closed" if self._transport.closed else "the call was cancelled"
+            return Failure(error=Cancelled(text, request_id=self.request_id), headers_seen=True)
+        return failure
 
     def read(self) -> R | None:
         """Wait for the next response; None at the end of the stream.
@@ -297,7 +318,7 @@ class StreamCall(Generic[R]):
             return None
         except grpc.RpcError as error:
             self._ended = True
-            failure = failure_of(error, request_id=self.request_id, headers_seen=True)
+            failure = self._failure(error, headers_seen=True)
             self.span.end(failure.error)
         else:
             return message

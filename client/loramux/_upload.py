@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from loramux._adapter_requests import idempotency_key, named
 from loramux._errors import DeadlineExceeded, LoramuxError, ServerError
@@ -56,8 +57,12 @@ class LocalAdapter:
         check_size(request)
         return request
 
-    def pieces(self, upload_id: str, offset: int, progress: Progress | None) -> Iterator[pb.WriteAdapterUploadRequest]:
+    def pieces(self, upload_id: str, offset: int, progress: Progress | None) -> Pieces:
         """Read the tensor file from `offset` in messages of at most 1 MiB; one is in memory at a time."""
+        return Pieces(self._read(upload_id, offset, progress))
+
+    def _read(self, upload_id: str, offset: int, progress: Progress | None) -> Iterator[pb.WriteAdapterUploadRequest]:
+        """Read the pieces."""
         with self.tensors.open("rb") as file:
             file.seek(offset)
             while data := file.read(CHUNK_BYTES):
@@ -65,6 +70,39 @@ class LocalAdapter:
                 offset += len(data)
                 if progress is not None:
                     progress(offset, self.size)
+
+
+class Pieces:
+    """The messages of a write; `failure` is what reading them raised.
+
+    gRPC runs through them in a thread of its own and shows an exception of theirs as a broken call.
+
+    Args:
+        messages: The messages.
+    """
+
+    def __init__(self, messages: Iterator[pb.WriteAdapterUploadRequest]) -> None:
+        self._messages = messages
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> pb.WriteAdapterUploadRequest:
+        """Read the next message."""
+        try:
+            return next(self._messages)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def check(self) -> None:
+        """Raise what reading raised: a broken file, or an error of the caller's `progress`."""
+        if self.failure is not None:
+            raise self.failure
 
 
 def _read(path: Path, limit: int) -> bytes:

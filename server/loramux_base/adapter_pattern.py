@@ -37,6 +37,7 @@ class Patterns:
     _regexes: list[tuple[int, re.Pattern[str]]] = dataclasses.field(
         init=False, repr=False, compare=False, default_factory=list
     )
+    _found: dict[str, float | None] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Compile the patterns.
@@ -60,7 +61,12 @@ class Patterns:
             self._regexes.append((index, regex))
 
     def find(self, module_path: str) -> float | None:
-        """The number of the first pattern that matches, or None."""
+        """The number of the first pattern that matches, or None; matched once a path."""
+        if module_path not in self._found:
+            self._found[module_path] = self._find(module_path)
+        return self._found[module_path]
+
+    def _find(self, module_path: str) -> float | None:
         parts = module_path.split(".")
         suffixes = (".".join(parts[start:]) for start in range(len(parts)))
         first = min((self._plain[suffix] for suffix in suffixes if suffix in self._plain), default=len(self.items))

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from opentelemetry.sdk.trace import SpanProcessor
@@ -22,9 +22,10 @@ from loramux_server.rpc.adapter_service import SERVICE as ADAPTER_SERVICE
 from loramux_server.rpc.adapter_service import AdapterService
 from loramux_server.rpc.admission import AdmissionGate
 from loramux_server.rpc.call import Method
-from loramux_server.rpc.engine_client import EngineClient, engine_unavailable
+from loramux_server.rpc.engine_client import EngineClient
+from loramux_server.rpc.freshness import Freshness
 from loramux_server.rpc.generation_service import GenerationService
-from loramux_server.rpc.limits import Limits
+from loramux_server.rpc.limits import MAX_SEQUENCES, Limits
 from loramux_server.rpc.model_service import ModelService
 from loramux_server.rpc.pipeline import Pipeline, SlowReader
 from loramux_server.rpc.prompt import PromptEncoder
@@ -78,7 +79,7 @@ class App:
         self.config = config
         self.version = server_version() if version is None else version
         self.replica_id = config.replica_id or socket.gethostname()[:63]
-        self.engine = EngineClient()
+        self.engine = EngineClient(hang_seconds=config.engine_timeout)
         self.gate = AdmissionGate(max_queued=config.max_queued)
         self.telemetry = build_telemetry(
             queued=lambda: self.gate.queued,
@@ -98,7 +99,7 @@ class App:
         self._policy = policy or RestartPolicy()
         self._transport = transport or Transport()
         self._last_ready: Ready | None = None
-        self._crash_looping = False
+        self._supervisor: Supervisor | None = None
         self._supervision: asyncio.Task[None] | None = None
         self._cleanup = contextlib.AsyncExitStack()
 
@@ -117,6 +118,7 @@ class App:
     async def _start(self) -> None:
         config = self.config
         self._cleanup.push_async_callback(asyncio.to_thread, self.telemetry.close)
+        await self._listen_for_probes()
         try:
             model = await asyncio.to_thread(resolve_model, config.model)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, model)
@@ -169,7 +171,7 @@ class App:
             },
             access,
         )
-        supervisor = Supervisor(
+        supervisor = self._supervisor = Supervisor(
             self.engine,
             self._launch or launch_subprocess(engine_config(config, model)),
             prepare=self._prepare,
@@ -215,6 +217,7 @@ class App:
             methods,
             authorizer=access,
             observe=self.telemetry.observe_rpc,
+            revisions=Freshness(self.lifecycle.table),
             endless=frozenset({f"/{ADAPTER_SERVICE}/WatchAdapters"}),
             slow_reader=SlowReader(seconds=config.slow_reader_seconds),
         )
@@ -226,20 +229,28 @@ class App:
             self.port = await server.start(config.host, config.port)
         except PortInUse as error:
             raise ServeError(f"--port {config.port}: {error}; choose another or end what listens there") from error
-        if (address := config.probe_address) is not None:
-            probe = ProbeServer(
-                ProbeSources(
-                    live=lambda: not self._crash_looping,
-                    ready=lambda: self.engine.serving and not self.draining,
-                    metrics=self.telemetry.prometheus,
-                )
+
+    async def _listen_for_probes(self) -> None:
+        """Answer probes from the first moment to the last, so that they tell why nothing else answers."""
+        address = self.config.probe_address
+        if address is None:
+            return
+        probe = ProbeServer(
+            ProbeSources(
+                live=lambda: self._supervisor is None or not self._supervisor.crash_looping,
+                ready=lambda: self.engine.serving and not self.draining,
+                metrics=self.telemetry.prometheus,
             )
-            try:
-                self.probe_port = await probe.start(*address)
-            except OSError as error:
-                raise ServeError(f"--probe {config.probe}: cannot listen there: {error.strerror}") from error
-            self._cleanup.push_async_callback(probe.close)
-            _log.info("probe listens on %s:%d", address[0], self.probe_port)
+        )
+        try:
+            self.probe_port = await probe.start(*address)
+        except OSError as error:
+            raise ServeError(
+                f"--probe {self.config.probe} is in use or not an address of this machine; choose another or end what "
+                "listens there"
+            ) from error
+        self._cleanup.push_async_callback(probe.close)
+        _log.info("probe listens on %s:%d", address[0], self.probe_port)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -255,9 +266,6 @@ class App:
             await asyncio.shield(self._supervision)
         except EngineStartupError as error:
             raise ServeError(str(error)) from error
-        except CrashLoop:
-            self._crash_looping = True
-            raise
 
     async def drain(self) -> None:
         """Say NOT_SERVING, refuse new calls, and wait for those in progress, at most the grace."""
@@ -291,7 +299,7 @@ class App:
         """
         ready = self._last_ready = self.engine.ready or self._last_ready
         if ready is None:
-            raise engine_unavailable("the engine is starting")
+            raise self.engine.unavailable()
         return ready
 
     def base(self) -> BaseModel:
@@ -301,7 +309,7 @@ class App:
             Unavailable: ENGINE_UNAVAILABLE, no engine has been ready yet.
         """
         if self._base is None:
-            raise engine_unavailable("the engine is starting")
+            raise self.engine.unavailable()
         return self._base
 
     def _served_base(self) -> ServedBase:
@@ -328,6 +336,7 @@ class App:
             vocab_size=ready.vocab_size,
             max_model_len=ready.max_model_len,
             max_output_tokens=min(longest, self.config.max_output_tokens or longest),
+            max_sequences=min(MAX_SEQUENCES, self.config.max_running),
             max_prompt_bytes=self.config.max_prompt_bytes,
         )
 
@@ -356,48 +365,3 @@ class App:
         self._supervision.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineStartupError, CrashLoop):
             await self._supervision
-
-
-@contextlib.asynccontextmanager
-async def serve(
-    config: ServerConfig,
-    *,
-    version: str | None = None,
-    launch: LaunchEngine | None = None,
-    validator: AdapterValidator | None = None,
-) -> AsyncIterator[App]:
-    """Run a server inside this process and event loop, ready to serve.
-
-    Args:
-        config: Settings.
-        version: Of the software; None = the installed one.
-        launch: Starts engines; None = engine processes.
-        validator: Checks uploads; None = the worker process.
-
-    Yields:
-        The running server, once its engine is ready.
-
-    Raises:
-        ServeError: It cannot start as configured.
-    """
-    app = App(config, version=version, launch=launch, validator=validator)
-    await app.start()
-    try:
-        await _until_ready(app)
-        yield app
-    finally:
-        await app.stop()
-
-
-async def _until_ready(app: App) -> None:
-    """Wait for the first engine, or raise what ended it."""
-    ready = asyncio.create_task(app.ready.wait())
-    failed = asyncio.create_task(app.wait())
-    try:
-        await asyncio.wait((ready, failed), return_when=asyncio.FIRST_COMPLETED)
-        if failed.done():
-            failed.result()
-    finally:
-        for task in (ready, failed):
-            task.cancel()
-        await asyncio.gather(ready, failed, return_exceptions=True)

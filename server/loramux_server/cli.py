@@ -1,7 +1,8 @@
 """Command line of the server.
 
 Exit codes: 0 ended as asked; 1 an unexpected error, or the engine's crash-loop limit; 2 bad usage or a setting, model,
-store or port that cannot be used; 130 interrupted before it served.
+store or port that cannot be used; 130 interrupted by Ctrl-C before the server took the signals over. A signal that
+comes while the engine still starts is an end as asked: 0.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loramux_server.config import OPTIONS, ConfigError, Option, ServerConfig, load_config, show_config
+from loramux_server.config import OPTIONS, ConfigError, ServerConfig, load_config, show_config
+from loramux_server.option import Option
 from loramux_server.version import server_version
 
 EXIT_OK = 0

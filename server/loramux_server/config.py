@@ -7,6 +7,7 @@ Errors name the flag, the value and the way out.
 import dataclasses
 import difflib
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,12 @@ from typing import Any
 
 import yaml
 
+from loramux_server.option import REQUIRED, Option, convert, shown
+from loramux_server.option import ConfigError as ConfigError
+
 ENVIRONMENT_PREFIX = "LORAMUX_"
 # Variables with our prefix that are no settings: of the SDK and its command line, and of the engine's fault points.
 _FOREIGN_VARIABLES = frozenset({"ADDRESS", "TOKEN", "TOKEN_FILE", "CA", "FAULT", "CONFIG"})
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, its value and the way out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +59,10 @@ class ServerConfig:
         otlp_endpoint: OTLP collector; None = none.
         grace: Seconds that running requests get after SIGTERM.
         drain_delay: Seconds between NOT_SERVING and refusing new requests, for load balancers.
-        replica_id: Name of this replica; None = host name and process id.
+        replica_id: Name of this replica; None = host name.
         log_level: `debug`, `info`, `warning` or `error`.
         slow_reader_seconds: Time without progress after which a stream is given up.
+        engine_timeout: Seconds of silence with work in flight after which the engine is taken for hung and replaced.
     """
 
     model: str
@@ -98,6 +99,7 @@ class ServerConfig:
     replica_id: str | None
     log_level: str
     slow_reader_seconds: float
+    engine_timeout: float
 
     @property
     def probe_address(self) -> tuple[str, int] | None:
@@ -105,39 +107,10 @@ class ServerConfig:
         return None if self.probe is None else split_address("--probe", self.probe)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One setting.
-
-    Attributes:
-        name: Field of `ServerConfig`; the flag is `--name-with-dashes`, the variable `LORAMUX_NAME`.
-        kind: `str`, `int`, `float` or `bool`.
-        default: Value when nobody sets it; `REQUIRED` must be set.
-        help: One line.
-        low: Least value.
-        high: Greatest value.
-        choices: Allowed values.
-        negative: Flag that sets a boolean to false (`--no-...`), for those whose default is not false.
-        multiple_of: Value must be a multiple of it.
-    """
-
-    name: str
-    kind: type
-    default: Any
-    help: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-    negative: str | None = None
-    multiple_of: int | None = None
-
-    @property
-    def flag(self) -> str:
-        """Command-line flag."""
-        return "--" + self.name.replace("_", "-")
-
-
-REQUIRED: Any = object()
+_PORT = re.compile(r"[0-9]{1,5}")
+# Of a resource attribute, of `Started` and of log lines.
+_REPLICA_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
+_MAX_MODEL_NAME = 256
 _MILLION = 1_000_000
 
 OPTIONS: tuple[Option, ...] = (
@@ -203,6 +176,14 @@ OPTIONS: tuple[Option, ...] = (
         high=3600,
         help="time without progress after which a stream that is not read ends",
     ),
+    Option(
+        name="engine_timeout",
+        kind=float,
+        default=120.0,
+        low=1,
+        high=86_400,
+        help="seconds of silence with work in flight after which the engine is taken for hung and replaced",
+    ),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -223,7 +204,7 @@ def load_config(flags: Mapping[str, Any], *, environment: Mapping[str, str], fil
     layers = (_file_layer(file), _environment_layer(environment), {n: (v, _BY_NAME[n].flag) for n, v in flags.items()})
     for layer in layers:
         for name, (value, source) in layer.items():
-            values[name] = _convert(_BY_NAME[name], value, source)
+            values[name] = convert(_BY_NAME[name], value, source)
             sources[name] = source
     for option in OPTIONS:
         if option.name not in values:
@@ -250,7 +231,7 @@ def split_address(flag: str, text: str) -> tuple[str, int]:
         ConfigError: It is none.
     """
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not _PORT.fullmatch(port) or int(port) > 65535:
         raise ConfigError(f"{flag} is {text!r}; use HOST:PORT, for example 127.0.0.1:9090")
     return host.strip("[]"), int(port)
 
@@ -268,11 +249,6 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)
 
 
-def default_replica_id() -> str:
-    """Return the host name, cut to what fits a label."""
-    return socket.gethostname()[:63] or "replica"
-
-
 def _file_layer(file: Path | None) -> dict[str, tuple[Any, str]]:
     if file is None:
         return {}
@@ -283,8 +259,10 @@ def _file_layer(file: Path | None) -> dict[str, tuple[Any, str]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that YAML reads and Python does not
         raise ConfigError(f"--config {file} is not YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"--config {file} is nested too deeply; it holds one mapping of settings") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
@@ -322,62 +300,18 @@ def _near(name: str, known: list[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else "; `loramux-server serve --help` lists all"
 
 
-def _convert(option: Option, value: Any, source: str) -> Any:
-    """Turn a value of any source into the option's type and check its bounds."""
-    if value is None:
-        if option.default is None:
-            return None
-        raise ConfigError(f"{source} is empty; give a value or leave it out")
-    if option.kind is bool:
-        return _boolean(value, source)
-    if option.kind is str:
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{source} is {value!r}; give a text that is not empty")
-        if option.choices and value not in option.choices:
-            raise ConfigError(f"{source} is {value!r}; use one of {', '.join(option.choices)}")
-        return value
-    number = _numeric(option, value, source)
-    low = "" if option.low is None else f"{option.low:g}"
-    high = "" if option.high is None else f"{option.high:g}"
-    if number != number or not (option.low or 0) <= number <= (option.high or float("inf")):
-        raise ConfigError(f"{source} is {value}; use {low} to {high}")
-    if option.multiple_of is not None and number % option.multiple_of:
-        raise ConfigError(f"{source} is {value}; use a multiple of {option.multiple_of}")
-    return number
-
-
-def _boolean(value: Any, source: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    raise ConfigError(f"{source} is {value!r}; use true or false")
-
-
-def _numeric(option: Option, value: Any, source: str) -> float:
-    what = "a whole number" if option.kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ConfigError(f"{source} is {value!r}; give {what}")
-    try:
-        return option.kind(value) if isinstance(value, str) or option.kind is float else _whole(value)
-    except ValueError:
-        raise ConfigError(f"{source} is {value!r}; give {what}") from None
-
-
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ValueError
-    return int(value)
-
-
 def _check_together(config: ServerConfig) -> None:
     if config.probe is not None:
         split_address("--probe", config.probe)
     if config.otlp_endpoint is not None and not config.otlp_endpoint.startswith(("http://", "https://")):
         raise ConfigError(f"--otlp-endpoint is {config.otlp_endpoint!r}; use http://HOST:PORT or https://HOST:PORT")
+    if config.replica_id is not None and not _REPLICA_ID.fullmatch(config.replica_id):
+        raise ConfigError(
+            f"--replica-id is {shown(config.replica_id)}; use 1 to 63 of letters, digits, '.', '_', ':' and '-', "
+            "starting with a letter or digit"
+        )
+    if config.model_name is not None and len(config.model_name) > _MAX_MODEL_NAME:
+        raise ConfigError(f"--model-name has {len(config.model_name)} characters; use at most {_MAX_MODEL_NAME}")
     if not is_loopback(config.host):
         missing = [
             flag

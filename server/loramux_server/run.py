@@ -1,15 +1,49 @@
-"""Runs a server as a process: the line that says where, signals, exit codes."""
+"""Runs a server: in a process that does more, or as a process with the line that says where, signals, exit codes."""
 
 import asyncio
+import contextlib
 import logging
 import signal
+from collections.abc import AsyncIterator
 
 from loramux_server.app import App
 from loramux_server.config import ServerConfig, is_loopback
 from loramux_server.engine_process import LaunchEngine
+from loramux_server.lora.uploads import AdapterValidator
 from loramux_server.supervisor import CrashLoop
 
 _log = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    config: ServerConfig,
+    *,
+    version: str | None = None,
+    launch: LaunchEngine | None = None,
+    validator: AdapterValidator | None = None,
+) -> AsyncIterator[App]:
+    """Run a server inside this process and event loop, ready to serve.
+
+    Args:
+        config: Settings.
+        version: Of the software; None = the installed one.
+        launch: Starts engines; None = engine processes.
+        validator: Checks uploads; None = the worker process.
+
+    Yields:
+        The running server, once its engine is ready.
+
+    Raises:
+        ServeError: It cannot start as configured.
+    """
+    app = App(config, version=version, launch=launch, validator=validator)
+    await app.start()
+    try:
+        await _until_ready(app)
+        yield app
+    finally:
+        await app.stop()
 
 
 async def run_until_stopped(
@@ -71,3 +105,17 @@ def _warn_about_access(config: ServerConfig) -> None:
             "`default`, and can read and change what it sends",
             config.host,
         )
+
+
+async def _until_ready(app: App) -> None:
+    """Wait for the first engine, or raise what ended it."""
+    ready = asyncio.create_task(app.ready.wait())
+    failed = asyncio.create_task(app.wait())
+    try:
+        await asyncio.wait((ready, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            failed.result()
+    finally:
+        for task in (ready, failed):
+            task.cancel()
+        await asyncio.gather(ready, failed, return_exceptions=True)

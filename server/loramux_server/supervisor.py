@@ -107,12 +107,15 @@ class Supervisor:
             await asyncio.sleep(self._back_off(began, why))
 
     async def stop(self) -> None:
-        """Ask the engine to end, then end it."""
+        """Ask the engine to end, then end it; one that still starts has nothing to lose and reads no command."""
         self._stopping = True
+        starting = not self._client.serving
+        self._client.shutdown()
         process = self._process
         if process is None:
             return
-        self._client.shutdown()
+        if starting:
+            process.kill()
         try:
             async with asyncio.timeout(_TERMINATE_GRACE_S):
                 await process.wait()
@@ -122,7 +125,12 @@ class Supervisor:
 
     async def _run_epoch(self, epoch: int) -> str:
         """Run one engine to its end and return why it ended."""
-        process = await self._launch(epoch)
+        try:
+            process = await self._launch(epoch)
+        except OSError as error:  # out of descriptors, processes or memory: that may pass, and counts as a death
+            why = f"its process could not be started: {error.strerror or type(error).__name__}"
+            _log.error("engine %d: %s", epoch, why)
+            return why
         self._process = process
         why = "the engine ended while it started"
         try:
@@ -135,6 +143,8 @@ class Supervisor:
                 self._client.open(self._resync())
                 await self._on_serving(True)
                 why = await self._client.wait_lost()
+                if self._client.hung:
+                    process.kill()
             except ConnectionError as error:
                 why = str(error)
         finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loramux.v1 import generation_pb2 as pb
@@ -14,7 +15,7 @@ from loramux_server.engine.messages import ErrorSpec
 from loramux_server.errors import Expired
 from loramux_server.rpc.call import Call
 from loramux_server.tenancy.names import shown_version
-from tests.support.front_end import FrontEnd, front_end, reason_of, text_request
+from tests.support.front_end import FrontEnd, detail, front_end, reason_of, status_of, text_request
 from tests.support.scripted_engine import Script, ScriptedEngines
 
 
@@ -196,6 +197,40 @@ async def test_logprobs_of_output_and_prompt(tmp_path: Path) -> None:
         chunk = events[1].prompt_logprobs
         assert chunk.offset == 0 and [p.token.token_id for p in chunk.positions] == prompt
         assert not chunk.positions[0].token.HasField("logprob") and chunk.positions[1].token.HasField("logprob")
+
+
+async def test_log_probabilities_come_in_messages_that_do_not_hold_up_others(tmp_path: Path) -> None:
+    engines = ScriptedEngines(lambda add: Script(token_ids=[70] * 300, per_frame=300, top=20))
+    async with front_end(tmp_path, engines) as server:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[1] * 200), sampling=pb.SamplingParams(logprobs=20, max_tokens=300)
+        )
+        deltas = [event.delta for event in await server.generate(request) if event.HasField("delta")]
+        assert [len(delta.logprobs) for delta in deltas] == [256, 44]
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[1] * 500), sampling=pb.SamplingParams(prompt_logprobs=1, max_tokens=1)
+        )
+        chunks = [e.prompt_logprobs for e in await server.generate(request) if e.HasField("prompt_logprobs")]
+        assert [(chunk.offset, len(chunk.positions)) for chunk in chunks] == [(0, 256), (256, 244)]
+        assert not chunks[0].positions[0].token.HasField("logprob")
+        assert all(position.token.HasField("logprob") for position in chunks[1].positions)
+
+
+async def test_no_more_sequences_than_the_engine_runs_at_once(tmp_path: Path) -> None:
+    async with front_end(tmp_path, max_running=4) as server:
+        assert server.app.limits().max_sequences == 4
+        with pytest.raises(grpc.aio.AioRpcError, match="sampling.n is 5; use 1 to 4"):
+            await server.generate(text_request(n=5))
+        assert (await server.generate(text_request(n=4)))[-1].usage.output_tokens == 12
+
+
+async def test_a_refusal_of_the_engine_names_its_field(tmp_path: Path) -> None:
+    error = ErrorSpec(reason="INVALID_PARAMETER", message="sampling.n: 8 sequences do not fit", field="sampling.n")
+    async with front_end(tmp_path, ScriptedEngines(lambda add: Script(error=error))) as server:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.generate(text_request(n=8))
+        violations = detail(status_of(refused.value), error_details_pb2.BadRequest).field_violations
+        assert [violation.field for violation in violations] == ["sampling.n"]
 
 
 async def test_a_chat_is_rendered_with_the_models_template(tmp_path: Path) -> None:

@@ -148,3 +148,32 @@ async def test_engine_death_fails_the_items_in_the_stream(tmp_path: Path) -> Non
             server.engines.current.crash()
         answers = batch.result()
         assert len(answers) == 80 and {reason(a[-1]) for a in answers.values()} == {"ENGINE_UNAVAILABLE"}
+
+
+async def test_prompts_of_a_batch_are_taken_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most = 0, 0
+    async with front_end(tmp_path) as server:
+        encoder = server.app.generation._prompts
+        encode = encoder.encode
+
+        async def watched(*arguments: Any, **keywords: Any) -> list[int]:
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            await asyncio.sleep(0)
+            at_once -= 1
+            return await encode(*arguments, **keywords)
+
+        monkeypatch.setattr(encoder, "encode", watched)
+        answers = await run(server, items(*[text_request("a b " * 200)] * 16))
+        assert len(answers) == 16 and most == 1
+
+
+async def test_a_malformed_timeout_is_the_items_own_failure(tmp_path: Path) -> None:
+    async with front_end(tmp_path) as server:
+        request = items(text_request(), text_request())
+        request.items[0].timeout.seconds, request.items[0].timeout.nanos = 5, -1
+        answers = await run(server, request)
+        assert answers["item-1"][-1].event.HasField("usage")
+        violations = detail(answers["item-0"][-1].status, error_details_pb2.BadRequest).field_violations
+        assert [violation.field for violation in violations] == ["items[0].timeout"]

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -15,10 +16,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux.v1 import adapter_pb2, adapter_pb2_grpc, model_pb2, model_pb2_grpc
 from loramux.v1 import generation_pb2 as pb
-from loramux_server.app import App, ServeError, serve
+from loramux_server.app import App, ServeError
 from loramux_server.engine.messages import PutAlias, Started
+from loramux_server.rpc import pipeline
 from loramux_server.rpc.pipeline import SlowReader
 from loramux_server.rpc.server import Transport
+from loramux_server.run import serve
 from loramux_server.supervisor import CrashLoop, RestartPolicy
 from tests.support.front_end import (
     FrontEnd,
@@ -38,6 +41,16 @@ FAST = RestartPolicy(first_delay=0.01, longest_delay=0.02, crashes=3, window=60.
 
 def paused(after: int = 2) -> Script:
     return Script(token_ids=ENDLESS, pause_after=after)
+
+
+async def probed(server: FrontEnd, path: str) -> int:
+    """Status of an HTTP answer of the probe listener."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.app.probe_port)
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        return int((await reader.readline()).split()[1])
+    finally:
+        writer.close()
 
 
 async def first_events(call: grpc.aio.UnaryStreamCall, count: int) -> list[pb.GenerateResponse]:
@@ -204,14 +217,16 @@ async def test_frames_of_another_epoch_are_dropped(tmp_path: Path) -> None:
 
 
 async def test_an_engine_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
-    async with front_end(tmp_path, app_options={"policy": FAST}) as server:
+    async with front_end(tmp_path, app_options={"policy": FAST}, probe="127.0.0.1:0") as server:
         ended = asyncio.create_task(server.app.wait())
+        assert await probed(server, "/livez") == 200
         for number in range(1, 4):
             await server.engines.until(lambda: len(server.engines.engines) == number)  # noqa: B023 - awaited here
             await server.engines.until(lambda: server.app.engine.serving)
             server.engines.current.crash()
         with pytest.raises(CrashLoop, match="died 3 times"):
             await ended
+        assert await probed(server, "/livez") == 503, "only a restart of the process helps"
 
 
 async def test_a_startup_error_is_one_message(tmp_path: Path) -> None:
@@ -359,3 +374,30 @@ async def test_a_port_in_use_and_a_locked_store_are_one_line(tmp_path: Path) -> 
 async def test_no_alias_is_sent_when_there_are_none(tmp_path: Path) -> None:
     async with front_end(tmp_path) as server:
         assert not [command for command in server.engines.commands if isinstance(command, PutAlias)]
+
+
+async def test_a_connection_that_never_speaks_http2_is_dropped(tmp_path: Path) -> None:
+    async with front_end(tmp_path, app_options={"transport": Transport(handshake_timeout=0.2)}) as server:
+        for first in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.app.port)
+            writer.write(first)
+            async with asyncio.timeout(10):
+                while await reader.read(1024):
+                    pass
+            writer.close()
+        assert (await server.generate(text_request()))[-1].HasField("usage")
+
+
+async def test_a_client_stream_that_falls_silent_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_IDLE_SECONDS", 0.1)
+
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async with front_end(tmp_path) as server:
+        write = server.channel.stream_unary("/loramux.v1.AdapterService/WriteAdapterUpload")
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await write(silent(), timeout=20)
+        assert reason_of(error.value) == "DEADLINE_EXCEEDED" and "no message came" in str(error.value.details())
+        await server.assert_at_rest()

@@ -1,5 +1,6 @@
 """Every bad input is refused before the engine sees it, with code, reason and field, and without echoing texts."""
 
+import asyncio
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 
-from loramux.v1 import adapter_pb2
+from loramux.v1 import adapter_pb2, adapter_pb2_grpc
 from loramux.v1 import generation_pb2 as pb
 from tests.support.front_end import FrontEnd, detail, front_end, reason_of, status_of, text_request
 
@@ -71,12 +72,14 @@ INVALID = [
     ("sampling.split_key", text_request(CANARY, split_key="k" * 257)),
     ("sampling.soft_time_limit", text_request(CANARY, soft_time_limit={"seconds": 0})),
     ("sampling.soft_time_limit", text_request(CANARY, soft_time_limit={"seconds": -1})),
+    ("sampling.soft_time_limit", text_request(CANARY, soft_time_limit={"seconds": 1, "nanos": -5})),
 ]
 TOO_LONG = [
     ("prompt", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2_000_000))),
     ("prompt", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 512))),
     ("text", pb.GenerateRequest(text=CANARY * 200_000)),
     ("chat", chat(pb.ChatMessage(role=pb.CHAT_ROLE_USER, content=CANARY * 200_000))),
+    ("chat", chat(pb.ChatMessage(role=pb.CHAT_ROLE_USER, content="a", name=CANARY * 200_000))),
 ]
 NOT_SERVED = [
     ("sampling.response_format", text_request(CANARY, response_format=pb.ResponseFormat(regex=CANARY))),
@@ -205,6 +208,88 @@ async def test_a_refused_client_stream_keeps_its_reason(server: FrontEnd) -> Non
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_metadata_that_says_twice_for_whom_is_refused(server: FrontEnd) -> None:
+    for name in ("x-loramux-tenant", "authorization"):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await server.generate(text_request(), metadata=((name, "default"), (name, "default")))
+        check(server, error.value, name, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_no_list_or_map_is_looked_at_before_its_size(server: FrontEnd) -> None:
+    """Requests of many tiny parts: each RPC takes the bytes that it has a use for, and counts before it copies."""
+    adapters = adapter_pb2_grpc.AdapterServiceStub(server.channel)
+    labels = {str(number): "" for number in range(3000)}
+    name, paths = "bot", ["labels"]
+    for call, field in (
+        (adapters.ListAdapters(adapter_pb2.ListAdaptersRequest(name_prefix="x" * 70_000)), None),
+        (adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name, etag="x" * 70_000)), None),
+        (server.generation.CancelGeneration(pb.CancelGenerationRequest(generation_id="x" * 70_000)), None),
+        (adapters.ListAdapters(adapter_pb2.ListAdaptersRequest(labels=labels)), "labels"),
+        (adapters.ListAdapterVersions(adapter_pb2.ListAdapterVersionsRequest(adapter=name, states=[2] * 17)), "states"),
+        (
+            adapters.StartAdapterUpload(
+                adapter_pb2.StartAdapterUploadRequest(adapter=name, files=[adapter_pb2.AdapterFile()] * 100_000)
+            ),
+            "files",
+        ),
+        (
+            adapters.UpdateAdapter(
+                adapter_pb2.UpdateAdapterRequest(
+                    adapter=adapter_pb2.Adapter(name=name, labels=labels), update_mask={"paths": paths}
+                )
+            ),
+            "adapter.labels",
+        ),
+        (
+            adapters.UpdateAdapter(
+                adapter_pb2.UpdateAdapterRequest(
+                    adapter=adapter_pb2.Adapter(name=name), update_mask={"paths": [*paths * 16, "revision"]}
+                )
+            ),
+            "update_mask",
+        ),
+        (server.generation.Detokenize(pb.DetokenizeRequest(token_ids=[1] * 131_073)), "token_ids"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT and reason_of(error.value) == "INVALID_PARAMETER"
+        violations = detail(status_of(error.value), error_details_pb2.BadRequest)
+        assert (violations and violations.field_violations[0].field) == field
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_bytes_that_are_no_message_are_refused_by_health_and_reflection_too(server: FrontEnd) -> None:
+    health = "/grpc.health.v1.Health"
+    reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    calls = (
+        server.channel.unary_unary(f"{health}/Check")(b"\xff\xff"),
+        server.channel.unary_stream(f"{health}/Watch")(b"\xff\xff").read(),
+        server.channel.stream_stream(reflection)(iter([b"\xff\xff"])).read(),
+    )
+    for call in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "DecodeError" not in str(error.value.details())
+    assert await server.channel.unary_unary(f"{health}/Check")(b"") == b"\x08\x01"
+    assert b"GenerationService" in await server.channel.stream_stream(reflection)(iter([b"\x3a\x00"])).read()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_burst_is_not_thinned_out_by_the_transport(server: FrontEnd) -> None:
+    unknown = pb.CancelGenerationRequest(generation_id="unknown")
+    answers = await asyncio.gather(*(server.generation.CancelGeneration(unknown) for _ in range(2500)))
+    assert not any(answer.cancelled for answer in answers)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_no_tool_choice_is_one_that_a_chat_without_tools_has_anyway(server: FrontEnd) -> None:
+    for choice in (pb.ToolChoice(), pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NONE)):
+        assert (await server.generate(chat(USER, tool_choice=choice)))[-1].HasField("usage")
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_the_small_rpcs_check_too(server: FrontEnd) -> None:
     stub = server.generation
     for call in (
@@ -217,9 +302,6 @@ async def test_the_small_rpcs_check_too(server: FrontEnd) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await stub.Tokenize(pb.TokenizeRequest(text="a", include_offsets=True))
-    assert reason_of(error.value) == "NOT_SERVED_YET"
     assert not (await stub.CancelGeneration(pb.CancelGenerationRequest(generation_id="unknown"))).cancelled
 
 

@@ -74,3 +74,15 @@ def test_without_batch_invariance_steps_still_finish_and_mix(files: tuple[Path, 
     outputs = engine.run(random_jobs(40, adapters=len(adapters), vocab=512, seed=4))
     engine.close()
     assert all(len(output) == 12 for output in outputs)
+
+
+def test_a_step_with_fewer_tokens_than_sequences_may_run(files: tuple[Path, list[Path]]) -> None:
+    base, adapters = files
+    jobs = random_jobs(12, adapters=len(adapters), vocab=512, seed=5)
+    outputs = []
+    for graphs in (True, False):
+        engine = RealEngine(make_config(base, max_running=16, max_batch_tokens=8, cuda_graphs=graphs), adapters)
+        outputs.append(engine.run(jobs))
+        assert (engine.runner.replays > 0) == graphs
+        engine.close()
+    assert outputs[0] == outputs[1]

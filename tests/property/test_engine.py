@@ -32,6 +32,7 @@ class EngineMachine(RuleBasedStateMachine):
         cache=st.booleans(),
         slots=st.integers(1, 4),
         delay=st.integers(0, 3),
+        reading=st.integers(0, 2),
     )
     def start(
         self,
@@ -43,6 +44,7 @@ class EngineMachine(RuleBasedStateMachine):
         cache: bool,
         slots: int,
         delay: int,
+        reading: int,
     ) -> None:
         self.driver = make_driver(
             pages=pages * 4 // page_size,
@@ -51,6 +53,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_slots=slots,
             units=UNITS,
             delay=delay,
+            reading=reading,
             max_running=max_running,
             max_batch_tokens=batch,
             prefill_chunk=chunk,

@@ -1,10 +1,12 @@
 """Heavy random load from seeds: tiny pools and many adapters, so that preemption and eviction happen all the time."""
 
+import itertools
 import random
 
 import pytest
 
 from loramux_server.engine.messages import Abort, DropVersion, Preload, Unload
+from loramux_server.engine.request_table import RequestTable
 from tests.support.engine_driver import Driver, make_driver
 
 VERSIONS = [f"v{index}" for index in range(8)]
@@ -86,8 +88,8 @@ def disturb(driver: Driver, rng: random.Random, number: int) -> int:
     return 0
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_load(seed: int) -> None:
+def load(seed: int) -> tuple[Driver, int]:
+    """Run a whole history; returns the driver at rest and how many operations it was asked for."""
     rng = random.Random(seed)
     driver = build(rng)
     operations = 0
@@ -99,12 +101,27 @@ def test_load(seed: int) -> None:
     driver.runner.slab.failing.clear()
     driver.clock.now += 20.0
     driver.run()
+    return driver, operations
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_load(seed: int) -> None:
+    driver, operations = load(seed)
     driver.judge()
     driver.assert_at_rest()
     assert len(driver.completed) == operations
     driver.engine.handle([DropVersion(version=name) for name in VERSIONS])
     driver.run()
     assert driver.runner.slab.resident == {}
+
+
+@pytest.mark.parametrize("seed", range(40, 52))
+def test_passes_that_are_skipped_would_have_started_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    skipping, _ = load(seed)
+    always = itertools.count()
+    monkeypatch.setattr(RequestTable, "changes", property(lambda self: next(always)))
+    trying, _ = load(seed)
+    assert skipping.events == trying.events
 
 
 def test_the_load_is_heavy() -> None:

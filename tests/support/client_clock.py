@@ -1,5 +1,6 @@
 """A clock for the SDK that never sleeps."""
 
+import asyncio
 import threading
 
 from loramux._clock import Clock
@@ -25,6 +26,11 @@ class FakeClock(Clock):
         return 0.5
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Move the time."""
+        self._sleep(seconds)
+        return event.is_set()
+
+    async def wait_async(self, event: asyncio.Event, seconds: float) -> bool:
         """Move the time."""
         self._sleep(seconds)
         return event.is_set()

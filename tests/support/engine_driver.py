@@ -175,6 +175,9 @@ class Driver:
         assert self.runner.live_sequences == set()
         ended = stats.requests_finished + stats.requests_cancelled + stats.requests_failed
         assert ended == len(self.requests)
+        if not self.engine.has_work:
+            told = {state.version: state.references for state in self.states}
+            assert not any(told.values()), "references left over"
 
 
 def make_driver(
@@ -185,8 +188,9 @@ def make_driver(
     max_slots: int = 8,
     units: dict[str, int] | None = None,
     delay: int = 0,
+    reading: int = 0,
     **config: object,
 ) -> Driver:
     """A driver with the given pool and slab."""
-    slab = FakeSlab(rank_units=rank_units, max_slots=max_slots, units=units, delay=delay)
+    slab = FakeSlab(rank_units=rank_units, max_slots=max_slots, units=units, delay=delay, reading=reading)
     return Driver(runner=FakeRunner(num_pages=pages + 1, page_size=page_size, slab=slab), **config)

@@ -2,14 +2,32 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loramux_base.adapter import version_digest
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.engine import Engine
+from loramux_server.engine.graphs import Recorder
 from loramux_server.engine.messages import Add, Done, PutVersion, SamplingSpec, Tokens, VersionSpec
 from loramux_server.engine.runner import build_runner
+
+
+@dataclasses.dataclass(frozen=True)
+class EagerGraph:
+    """Stands in for a captured graph on CPU: replaying runs the same launches on the same static tensors."""
+
+    launches: Callable[[], None]
+
+    def replay(self) -> None:
+        """Launch again."""
+        self.launches()
+
+
+def record_eagerly(launches: Callable[[], None]) -> EagerGraph:
+    """A `Recorder` without a device: runs once, as a capture does, and keeps the launches."""
+    launches()
+    return EagerGraph(launches)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +42,8 @@ class Job:
 class RealEngine:
     """An engine over a checkpoint and PEFT directories."""
 
-    def __init__(self, config: EngineConfig, adapters: Sequence[Path] = ()) -> None:
-        self.runner = build_runner(config)
+    def __init__(self, config: EngineConfig, adapters: Sequence[Path] = (), *, record: Recorder | None = None) -> None:
+        self.runner = build_runner(config, record=record)
         ready = self.runner.ready
         self.engine = Engine(
             config,

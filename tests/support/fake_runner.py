@@ -9,6 +9,7 @@ nothing but (history, adapter, seed, choice): `solo_output` computes them withou
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from loramux_server.engine.config import EngineConfig
@@ -57,13 +58,24 @@ class FakeSlab:
         max_slots: Slots.
         units: Rank units by path; 1 for a path not named.
         delay: Polls until a load ends.
+        reading: Times that the size of a version is asked in vain before it is known.
     """
 
-    def __init__(self, *, rank_units: int, max_slots: int, units: dict[str, int] | None = None, delay: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        rank_units: int,
+        max_slots: int,
+        units: dict[str, int] | None = None,
+        delay: int = 0,
+        reading: int = 0,
+    ) -> None:
         self._rank_units = rank_units
         self._max_slots = max_slots
         self.units = dict(units or {})
         self.delay = delay
+        self.reading = reading
+        self.asked: Counter[str] = Counter()
         self.failing: dict[str, Exception] = {}
         self.unreadable: dict[str, Exception] = {}
         self.started: list[str] = []
@@ -79,7 +91,10 @@ class FakeSlab:
     def max_slots(self) -> int:
         return self._max_slots
 
-    def units_of(self, version_path: str) -> int:
+    def units_of(self, version_path: str) -> int | None:
+        self.asked[version_path] += 1
+        if self.asked[version_path] <= self.reading:
+            return None
         if version_path in self.unreadable:
             raise self.unreadable[version_path]
         return self.units.get(version_path, 1)

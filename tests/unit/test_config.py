@@ -44,6 +44,15 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ({"gpu_memory_utilization": "1.5"}, ["--gpu-memory-utilization", "0.05 to 0.99"]),
         ({"model": ""}, ["--model"]),
         ({"otlp_endpoint": "localhost:4317"}, ["--otlp-endpoint", "localhost:4317", "http://"]),
+        ({"probe": "127.0.0.1:\u00b2"}, ["--probe", "HOST:PORT"]),
+        ({"store": "a\0b"}, ["--store", "'a\\x00b'", "control character"]),
+        ({"model_name": "\udcff"}, ["--model-name", "control character"]),
+        ({"model_name": "m" * 257}, ["--model-name", "257", "256"]),
+        ({"model": "m" * 5000}, ["--model", "(5002 characters)", "4096"]),
+        ({"replica_id": "a b"}, ["--replica-id", "'a b'", "letters, digits"]),
+        ({"replica_id": "r" * 64}, ["--replica-id", "1 to 63"]),
+        ({"port": "9" * 5000}, ["--port", "whole number"]),
+        ({"engine_timeout": "0"}, ["--engine-timeout", "1 to 86400"]),
     ],
 )
 def test_a_bad_value_names_flag_value_and_way_out(flags: dict[str, Any], words: list[str]) -> None:
@@ -64,6 +73,9 @@ def test_a_bad_value_names_flag_value_and_way_out(flags: dict[str, Any], words: 
         ("port:\n", ["server.yaml:1", "port", "empty"]),
         ("- port\n", ["mapping"]),
         ("a: b: c\n", ["not YAML"]),
+        ("port: .inf\n", ["server.yaml:1", "port is inf", "whole number"]),
+        ("port: 2026-13-45\n", ["not YAML", "month"]),
+        ("port: " + "[" * 20_000 + "\n", ["nested too deeply"]),
     ],
 )
 def test_a_bad_file_names_the_line(tmp_path: Path, text: str, words: list[str]) -> None:

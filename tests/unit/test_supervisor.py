@@ -88,6 +88,7 @@ async def test_an_engine_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyP
     watcher = supervise(launch, RestartPolicy())
     running = asyncio.create_task(watcher.run())
     await asyncio.sleep(0.02)
+    watcher._client._serving = True  # one that only starts is killed at once
     async with asyncio.timeout(5):
         await watcher.stop()
         await running
@@ -108,3 +109,49 @@ async def test_an_engine_whose_socket_ends_is_reaped_and_killed(monkeypatch: pyt
         with pytest.raises(CrashLoop):
             await watcher.run()
     assert [engine.killed for engine in launched] == [1, 1, 1]
+
+
+async def test_an_engine_that_still_starts_is_killed_without_grace() -> None:
+    engine = Stubborn()
+
+    async def launch(epoch: int) -> Stubborn:
+        return engine
+
+    watcher = supervise(launch, RestartPolicy())
+    running = asyncio.create_task(watcher.run())
+    await asyncio.sleep(0.02)
+    async with asyncio.timeout(module._TERMINATE_GRACE_S / 2):
+        await watcher.stop()
+        await running
+    assert engine.killed == 1 and watcher.restarts == 0
+
+
+async def test_a_hung_engine_is_killed_without_grace() -> None:
+    engines = ScriptedEngines()
+    watcher = supervise(engines, RestartPolicy(first_delay=0.01, crashes=3))
+    running = asyncio.create_task(watcher.run())
+    await engines.until(lambda: watcher._client.serving)
+    hung = engines.current
+    watcher._client.hung = True
+    watcher._client._on_end("the engine was silent")
+    await engines.until(lambda: len(engines.engines) == 2 and watcher._client.serving)
+    assert await hung.wait() == -9 and not watcher._client.hung
+    await watcher.stop()
+    await running
+
+
+async def test_a_process_that_cannot_be_started_counts_as_a_death() -> None:
+    engines = ScriptedEngines()
+    failures = iter([OSError(24, "Too many open files"), None, *[OSError(12, "Cannot allocate memory")] * 9])
+
+    async def launch(epoch: int) -> object:
+        if (failure := next(failures)) is not None:
+            raise failure
+        return await engines(epoch)
+
+    watcher = supervise(launch, RestartPolicy(first_delay=0.01, longest_delay=0.01, crashes=4))
+    running = asyncio.create_task(watcher.run())
+    await engines.until(lambda: watcher._client.serving)
+    engines.current.crash()
+    with pytest.raises(CrashLoop, match="died 4 times .* could not be started: Cannot allocate memory"):
+        await running

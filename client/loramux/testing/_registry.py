@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from loramux.v1 import common_pb2
 
 REPLICA = "fake-0"
 TENSOR_FILE = "adapter_model.safetensors"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 
 def now() -> Timestamp:
@@ -80,8 +82,8 @@ class Registry:
             raise invalid("name", "is empty")
         full = name if name.startswith("tenants/") else f"tenants/{tenant}/adapters/{name}"
         parts = full.split("/")
-        if len(parts) != 4 or parts[2] != "adapters":
-            raise invalid("name", "is no adapter name")
+        if len(parts) != 4 or parts[2] != "adapters" or not all(_NAME.fullmatch(part) for part in parts[1::2]):
+            raise invalid("name", "is no adapter name; use 1 to 63 of a-z, 0-9, '.', '_' and '-'")
         granted = f"{full}/grants/{tenant}" in self.grants
         if parts[1] != tenant and not granted:
             raise not_found(name)
@@ -108,7 +110,7 @@ class Registry:
         adapter = self.adapter(tenant, adapter_name)
         if version is None:
             if not adapter.serving_version:
-                raise FakeError("FAILED_PRECONDITION", "", f"no version of {adapter.name} serves")
+                raise FakeError("NOT_FOUND", "ADAPTER_NOT_FOUND", f"{adapter.name} has no version in its traffic")
             version = adapter.serving_version.rpartition("/")[2]
         found = self.versions[adapter.name].get(version[:16])
         if found is None or found.state != pb.ADAPTER_VERSION_STATE_READY:

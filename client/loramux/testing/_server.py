@@ -286,6 +286,10 @@ class FakeServer:
             raise self._failures[call.method].popleft()
         if self._token is not None and call.metadata.get("authorization") != f"Bearer {self._token}":
             raise FakeError("UNAUTHENTICATED", "UNAUTHENTICATED", "the credential is not valid")
+        wanted = call.metadata.get("min_revision", "0")
+        if int(wanted) > self._registry.revision:
+            message = f"min_revision is {wanted}, and this replica has seen revision {self._registry.revision}"
+            raise FakeError("UNAVAILABLE", "STORE_UNAVAILABLE", message, retry_after=1.0)
         return call.metadata.get("x-loramux-tenant", self._tenant)
 
 

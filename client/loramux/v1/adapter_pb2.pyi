@@ -41,7 +41,7 @@ class _AdapterVersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_A
     ADAPTER_VERSION_STATE_DRAINING: _AdapterVersionState.ValueType  # 4
     """It was deleted; running requests still use it."""
     ADAPTER_VERSION_STATE_DELETED: _AdapterVersionState.ValueType  # 5
-    """It was deleted and nothing uses it; kept for the ledger only."""
+    """It was deleted and nothing uses it; remembered while its adapter exists, the newest 1,000 an adapter."""
 
 class AdapterVersionState(_AdapterVersionState, metaclass=_AdapterVersionStateEnumTypeWrapper):
     """Life of a version."""
@@ -57,7 +57,7 @@ ADAPTER_VERSION_STATE_FAILED: AdapterVersionState.ValueType  # 3
 ADAPTER_VERSION_STATE_DRAINING: AdapterVersionState.ValueType  # 4
 """It was deleted; running requests still use it."""
 ADAPTER_VERSION_STATE_DELETED: AdapterVersionState.ValueType  # 5
-"""It was deleted and nothing uses it; kept for the ledger only."""
+"""It was deleted and nothing uses it; remembered while its adapter exists, the newest 1,000 an adapter."""
 Global___AdapterVersionState: _TypeAlias = AdapterVersionState  # noqa: Y015
 
 @_typing.final
@@ -97,9 +97,7 @@ class Adapter(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Full name, `tenants/{t}/adapters/{a}`. {a}: 1 to 63 of lower-case letters, digits and `-`, starting with a letter.
-    Required in an update.
-    """
+    """Full name, `tenants/{t}/adapters/{a}`. {a} matches [a-z0-9][a-z0-9._-]{0,62}. Required in an update."""
     serving_version: _builtins.str
     """Output only. Version name with the largest weight, the first of equals. Empty: no version serves."""
     previous_version: _builtins.str
@@ -113,7 +111,7 @@ class Adapter(_message.Message):
     @_builtins.property
     def traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrafficTarget]:
         """Versions that requests without a version get, by weight. One target is the plain alias. Empty: no version serves,
-        and such requests are NOT_FOUND.
+        and such requests are NOT_FOUND with reason ADAPTER_NOT_FOUND.
         """
 
     @_builtins.property
@@ -238,7 +236,7 @@ class AdapterVersion(_message.Message):
     max_rank: _builtins.int
     """Largest rank of any module. Always set once READY."""
     slab_units: _builtins.int
-    """Rank units (16 rows) of the device slab that it needs, summed over the linear groups. Always set once READY."""
+    """Rank units (16 rows) of the device slab that it needs: max_rank / 16, rounded up. Always set once READY."""
     base_fingerprint: _builtins.str
     """Fingerprint digest of the base that it was trained on, from its manifest. Empty: it came without a manifest and was
     let in by --allow-unverified-adapters.
@@ -656,7 +654,7 @@ class FinishAdapterUploadResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Registry revision after the change, for metadata `min_revision`."""
+    """Registry revision that made the version READY, for metadata `min_revision`; an older one if equal bytes were there."""
     @_builtins.property
     def version(self) -> Global___AdapterVersion:
         """The version, READY. It does not serve before UpdateAdapter puts it into traffic. Always set."""

@@ -167,8 +167,9 @@ class AdapterServiceServicer(object):
 
     def FinishAdapterUpload(self, request, context):
         """Checks a complete upload (digests, shapes, finite numbers, base fingerprint) and makes a version of it. Answers when
-        the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field. If the call
-        ends earlier, the check goes on: see GetAdapterVersion.
+        the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field, and leaves no
+        version. If the call ends earlier, the check goes on; call again with the same upload_id for its outcome. Bytes
+        that differ from the announced sha256 are INVALID_ARGUMENT with reason DIGEST_MISMATCH; send them again from 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,8 +50,9 @@ class AdapterServiceStub:
     """Tells how many bytes of an upload are committed."""
     FinishAdapterUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.FinishAdapterUploadRequest, _adapter_pb2.FinishAdapterUploadResponse]
     """Checks a complete upload (digests, shapes, finite numbers, base fingerprint) and makes a version of it. Answers when
-    the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field. If the call
-    ends earlier, the check goes on: see GetAdapterVersion.
+    the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field, and leaves no
+    version. If the call ends earlier, the check goes on; call again with the same upload_id for its outcome. Bytes
+    that differ from the announced sha256 are INVALID_ARGUMENT with reason DIGEST_MISMATCH; send them again from 0.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Reads one adapter."""
@@ -112,8 +113,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Tells how many bytes of an upload are committed."""
     FinishAdapterUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.FinishAdapterUploadRequest, _adapter_pb2.FinishAdapterUploadResponse]  # type: ignore[assignment]
     """Checks a complete upload (digests, shapes, finite numbers, base fingerprint) and makes a version of it. Answers when
-    the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field. If the call
-    ends earlier, the check goes on: see GetAdapterVersion.
+    the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field, and leaves no
+    version. If the call ends earlier, the check goes on; call again with the same upload_id for its outcome. Bytes
+    that differ from the announced sha256 are INVALID_ARGUMENT with reason DIGEST_MISMATCH; send them again from 0.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Reads one adapter."""
@@ -195,8 +197,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.FinishAdapterUploadResponse, _abc.Awaitable[_adapter_pb2.FinishAdapterUploadResponse]]:
         """Checks a complete upload (digests, shapes, finite numbers, base fingerprint) and makes a version of it. Answers when
-        the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field. If the call
-        ends earlier, the check goes on: see GetAdapterVersion.
+        the version is READY; a refused one is FAILED_PRECONDITION or INVALID_ARGUMENT with reason and field, and leaves no
+        version. If the call ends earlier, the check goes on; call again with the same upload_id for its outcome. Bytes
+        that differ from the announced sha256 are INVALID_ARGUMENT with reason DIGEST_MISMATCH; send them again from 0.
         """
 
     @_abc_1.abstractmethod

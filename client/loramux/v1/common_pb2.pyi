@@ -10,7 +10,7 @@ Conventions of this package:
   * The tenant that a call acts for is never in a message: it follows from the credential or, for a credential that
     may act for several, from the metadata `x-loramux-tenant`.
   * Metadata `x-request-id` is a correlation id only. Metadata `min_revision` (decimal) makes a replica wait until it
-    has seen that revision of the registry: read your own writes.
+    has seen that revision of the registry: read your own writes. After 2 s the answer is UNAVAILABLE.
   * Failures are gRPC statuses with google.rpc details; ErrorInfo.domain is "loramux". Clients must accept unknown
     reasons. An RPC or option that this server does not serve yet answers UNIMPLEMENTED with reason NOT_SERVED_YET
     and its name; nothing is silently ignored.

@@ -285,7 +285,9 @@ class ChatMessage(_message.Message):
     role: Global___ChatRole.ValueType
     """Who speaks. Required."""
     content: _builtins.str
-    """What is said. Absent: no content, allowed only for an assistant message with `tool_calls`."""
+    """What is said. The text of a special token in here, such as `<|im_end|>`, stays text: only the chat template makes
+    control tokens. Absent: no content, allowed only for an assistant message with `tool_calls`.
+    """
     tool_call_id: _builtins.str
     """For a tool message, the ToolCall.id that it answers. Absent: not tied to a call. INVALID_ARGUMENT for other roles."""
     name: _builtins.str

@@ -1,22 +1,25 @@
 """Adapter residency on the device: fills slab rows from adapter directories without holding up the step loop."""
 
 import concurrent.futures
-import functools
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 
-from loramux_base.adapter import AdapterFormatError, AdapterLayout, read_layout
+from loramux_base.adapter import AdapterFormatError, read_layout
 from loramux_base.shapes import BaseShapes
 from loramux_server.errors import FailedPrecondition, LoramuxServerError, Reason, Unavailable
 from loramux_server.model.slab import LoraSlab
 
+_MAX_KNOWN_SIZES = 4096
+
 
 class AdapterLoader:
-    """`plan.SlabView` over a `LoraSlab`: one loader thread, and on CUDA its own stream.
+    """`plan.SlabView` over a `LoraSlab`: one thread that loads, and on CUDA its own stream; one that reads layouts.
 
     A load writes only rows and a table entry that no running sequence uses, so it needs no lock against the step; the
-    scheduler uses the slot only after `poll_loads` reported it.
+    scheduler uses the slot only after `poll_loads` reported it. Layouts are read apart, so that an adapter whose
+    patterns take long to match holds up neither the step nor the load of another one.
 
     Args:
         slab: Where adapters live.
@@ -45,8 +48,9 @@ class AdapterLoader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
         self._running: dict[int, concurrent.futures.Future[None]] = {}
-        # Versions are immutable, so a layout never goes stale; the bound keeps memory flat under churn.
-        self._layout = functools.lru_cache(maxsize=4096)(self._read_layout)
+        self._reader = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reader")
+        # Versions are immutable, so a size never goes stale; the bound keeps memory flat under churn.
+        self._sizes: OrderedDict[str, concurrent.futures.Future[int]] = OrderedDict()
 
     @property
     def rank_units(self) -> int:
@@ -58,13 +62,25 @@ class AdapterLoader:
         """Most adapters resident at once."""
         return self._max_slots
 
-    def units_of(self, version_path: str) -> int:
-        """Rank units a version needs.
+    def units_of(self, version_path: str) -> int | None:
+        """Rank units a version needs; None while its layout is being read.
 
         Raises:
             LoramuxServerError: ADAPTER_INCOMPATIBLE or STORE_UNAVAILABLE.
         """
-        return self._layout(version_path).rank_units
+        size = self._sizes.get(version_path)
+        if size is None:
+            self._sizes[version_path] = self._reader.submit(self._read_units, version_path)
+            if len(self._sizes) > _MAX_KNOWN_SIZES:
+                self._sizes.popitem(last=False)[1].cancel()
+            return None
+        if not size.done():
+            return None
+        self._sizes.move_to_end(version_path)
+        if size.exception() is not None:
+            # The store may be back the next time.
+            del self._sizes[version_path]
+        return size.result()
 
     def start_load(self, slot: int, first_unit: int, units: int, version_path: str) -> None:
         """Begin to fill a slot; `poll_loads` says when it is there."""
@@ -89,7 +105,8 @@ class AdapterLoader:
         self._slab.clear(slot)
 
     def close(self) -> None:
-        """Wait for the running load and end the thread."""
+        """Wait for what runs and end the threads."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, slot: int, first_unit: int, units: int, version_path: str) -> None:
@@ -105,9 +122,9 @@ class AdapterLoader:
         except OSError as error:
             raise _unreadable(error) from error
 
-    def _read_layout(self, version_path: str) -> AdapterLayout:
+    def _read_units(self, version_path: str) -> int:
         try:
-            return read_layout(Path(version_path), self._shapes, max_rank=self._max_rank)
+            return read_layout(Path(version_path), self._shapes, max_rank=self._max_rank).rank_units
         except AdapterFormatError as error:
             raise _incompatible(error) from error
         except OSError as error:

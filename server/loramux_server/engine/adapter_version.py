@@ -28,7 +28,7 @@ class Version:
 
     Attributes:
         spec: As the front end gave it.
-        units: Rank units it needs; 0 = not looked up yet.
+        units: Rank units it needs; 0 = not known yet.
         state: Where its weights are.
         slot: Slab slot unless in the store.
         first_unit: First rank unit unless in the store.

@@ -62,6 +62,8 @@ class Admission:
         self._counters = counters
         self._emit = emit
         self._admissions = 0
+        # State in which the last pass tried every request and none could start.
+        self._exhausted: tuple[int, int, int] | None = None
         self._aged: dict[int, Request] = {}
 
     def admit(self, *, rows: int, now: float) -> Iterator[Request]:
@@ -71,6 +73,9 @@ class Admission:
             rows: Rows that the step can still take.
             now: Monotonic seconds.
         """
+        if self._exhausted == self._table.changes:
+            # A long queue of requests without slab room would otherwise be tried in every step.
+            return
         try:
             yield from self._admit(rows, now)
         finally:
@@ -78,6 +83,7 @@ class Admission:
 
     def _admit(self, rows: int, now: float) -> Iterator[Request]:
         oldest = self._reserve_for_aged()
+        before = self._table.changes
         passed: list[Request] = []
         for request in self._candidates(oldest):
             if rows <= 0:
@@ -95,6 +101,8 @@ class Admission:
                 if request.uses_adapter:
                     self._age(passed, request)
                 yield request
+        if self._table.changes == before:
+            self._exhausted = before
 
     def fail_waiting(self, version: str, error: ErrorSpec, now: float) -> None:
         """Fail every waiting request that has or would get `version`: it cannot be loaded."""
@@ -155,6 +163,7 @@ class Admission:
                     request.load_wait_since = now
                 return _Outcome.LOADING
             if room is Room.NONE:
+                request.load_wait_since = None
                 return _Outcome.NO_ROOM
         return self._start(request, version, revision, now)
 

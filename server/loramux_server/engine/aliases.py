@@ -19,6 +19,8 @@ class AliasTable:
     def __init__(self) -> None:
         self._specs: dict[str, AliasSpec] = {}
         self._dropped: OrderedDict[str, int] = OrderedDict()
+        self.changes = 0
+        """Counts what may change the answer of `resolve`."""
 
     def put(self, spec: AliasSpec) -> None:
         """Set an alias unless a newer revision is known."""
@@ -27,6 +29,7 @@ class AliasTable:
             return
         self._dropped.pop(spec.alias, None)
         self._specs[spec.alias] = spec
+        self.changes += 1
 
     def drop(self, alias: str, revision: int) -> None:
         """Forget an alias unless a newer revision is known."""
@@ -34,6 +37,7 @@ class AliasTable:
         if (known is not None and known.revision > revision) or self._dropped.get(alias, -1) > revision:
             return
         self._specs.pop(alias, None)
+        self.changes += 1
         self._dropped[alias] = revision
         self._dropped.move_to_end(alias)
         if len(self._dropped) > _MAX_TOMBSTONES:

@@ -114,7 +114,7 @@ class Engine:
             fail=lambda row, error: self._committer.fail(row, error, self._clock()),
         )
         self._stats_at = float("-inf")
-        self._was_busy = False
+        self._active = False
         self.stopping = False
         """Whether `Shutdown` was received: what is left is to flush the events."""
         self.stalled = False
@@ -188,6 +188,7 @@ class Engine:
             Exception: Whatever the runner raises except `OutOfMemory`; the engine must not be used after it.
         """
         now = self._clock()
+        self._active = self._active or self.has_work
         for version, error in self._residency.poll(now):
             self._admission.fail_waiting(version, error, now)
         self._table.expire(now)
@@ -219,11 +220,13 @@ class Engine:
 
     def _report(self, now: float) -> None:
         busy = len(self._table) > 0 or self._residency.pending
-        turned_idle = self._was_busy and not busy
+        # A request may come and go within one step, or be refused before it: idle begins after that, too.
+        turned_idle = self._active and not busy
         if turned_idle or (busy and now - self._stats_at >= STATS_INTERVAL):
             self._stats_at = now
+            self._residency.report_references()
             self._emit(self.stats())
-        self._was_busy = busy
+        self._active = busy
 
     def stats(self) -> Stats:
         """Gauges and counters now."""

@@ -73,7 +73,7 @@ class _FaultySlab:
     def max_slots(self) -> int:
         return self._slab.max_slots
 
-    def units_of(self, version_path: str) -> int:
+    def units_of(self, version_path: str) -> int | None:
         return self._slab.units_of(version_path)
 
     def start_load(self, slot: int, first_unit: int, units: int, version_path: str) -> None:

@@ -6,8 +6,11 @@ ladder) runs eagerly.
 """
 
 import bisect
+import functools
 import logging
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +32,39 @@ KV_LADDER = (1024, 4096, 16384, 65536, 262144)
 """Bounds of KV lengths: they size the grid of split-KV attention."""
 
 
+class Replayable(Protocol):
+    """Recorded launches."""
+
+    def replay(self) -> None:
+        """Launch again what was recorded, at the same addresses."""
+        ...
+
+
+Recorder = Callable[[Callable[[], None]], Replayable]
+"""Takes a function that launches kernels, and makes of what it launches something to replay."""
+
+
+class CudaRecorder:
+    """Captures CUDA graphs that share one memory pool.
+
+    Args:
+        device: The CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, launches: Callable[[], None]) -> Replayable:
+        """Run once, so that kernels compile and libraries allocate their workspaces, then capture."""
+        launches()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            launches()
+        return graph
+
+
 class ForwardGraphs:
     """Captured forward passes of one model over one KV pool.
 
@@ -41,6 +77,7 @@ class ForwardGraphs:
         max_sequences: Most sequences of a step.
         max_model_len: Longest sequence.
         batch_invariant: Attention's grid follows the KV bound in mixed steps too.
+        record: Makes a graph of launches.
     """
 
     def __init__(
@@ -54,6 +91,7 @@ class ForwardGraphs:
         max_sequences: int,
         max_model_len: int,
         batch_invariant: bool,
+        record: Recorder,
     ) -> None:
         self._model = model
         self._kv = kv
@@ -64,8 +102,8 @@ class ForwardGraphs:
         self._mixed = _rungs(MIXED_LADDER, max_tokens)
         self._kv_bounds = _rungs(KV_LADDER, max_model_len)
         self._logits = torch.zeros(max_sequences, model.spec.vocab_size, dtype=torch.float32, device=model.device)
-        self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._record = record
+        self._graphs: dict[BatchShape, Replayable] = {}
 
     def __len__(self) -> int:
         """Captured graphs."""
@@ -83,8 +121,7 @@ class ForwardGraphs:
         ]
         with torch.inference_mode():
             for shape in shapes:
-                self._graphs[shape] = self._capture(shape)
-        torch.cuda.synchronize(self._model.device)
+                self._graphs[shape] = self._record(functools.partial(self._launches, shape))
         logger.info("captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
 
     def run(self, plan: StepPlan) -> Tensor | None:
@@ -119,21 +156,11 @@ class ForwardGraphs:
             tokens=tokens, decode=decode, lora=any(row.slot >= 0 for row in plan.rows), max_kv_length=bound
         )
 
-    def _capture(self, shape: BatchShape) -> torch.cuda.CUDAGraph:
+    def _launches(self, shape: BatchShape) -> None:
+        """One forward pass over the static batch; before the first plan it holds no token, only padding."""
         batch = self._static.batch(shape)
-        # The static buffers hold zeros: no sequence has a token, and every write goes to page 0.
-        self._forward(batch_shape=shape)
-        torch.cuda.synchronize(self._model.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._model.forward(batch, self._kv, self._slab if shape.lora else None)
-            self._logits[: len(hidden)].copy_(self._model.logits(hidden))
-        return graph
-
-    def _forward(self, *, batch_shape: BatchShape) -> None:
-        """Warm up: kernels compile and libraries allocate their workspaces outside of the capture."""
-        batch = self._static.batch(batch_shape)
-        self._model.logits(self._model.forward(batch, self._kv, self._slab if batch_shape.lora else None))
+        hidden = self._model.forward(batch, self._kv, self._slab if shape.lora else None)
+        self._logits[: len(hidden)].copy_(self._model.logits(hidden))
 
 
 def _rungs(ladder: tuple[int, ...], limit: int) -> list[int]:

@@ -53,27 +53,36 @@ class Limits:
         """
         prompt, sampling = add.prompt_token_ids, add.sampling
         if not prompt:
-            raise InvalidRequest(Reason.INVALID_PARAMETER, "the prompt has no tokens")
+            raise _bad("prompt", "the prompt has no tokens")
         if min(prompt) < 0 or (self.vocab_size is not None and max(prompt) >= self.vocab_size):
-            raise InvalidRequest(Reason.INVALID_PARAMETER, f"a prompt token id is outside [0, {self.vocab_size})")
+            raise _bad("prompt", f"a prompt token id is outside [0, {self.vocab_size})")
         if not add.weight > 0:
-            raise InvalidRequest(Reason.INVALID_PARAMETER, f"weight: {add.weight} must be positive")
+            raise _bad("weight", f"weight: {add.weight} must be positive")
         if sampling.max_tokens < 1:
-            raise InvalidRequest(Reason.INVALID_PARAMETER, f"max_tokens: {sampling.max_tokens} must be at least 1")
+            raise _bad("sampling.max_tokens", f"sampling.max_tokens: {sampling.max_tokens} must be at least 1")
         if not 1 <= sampling.n <= self.max_running:
-            raise InvalidRequest(Reason.INVALID_PARAMETER, f"n: {sampling.n} must be in [1, {self.max_running}]")
+            raise _bad(
+                "sampling.n",
+                f"sampling.n: {sampling.n} must be in [1, {self.max_running}], the sequences that this server runs at "
+                "once; send several requests instead",
+            )
         if len(prompt) >= self.max_model_len:
             raise InvalidRequest(
                 Reason.PROMPT_TOO_LONG,
                 f"the prompt has {len(prompt)} tokens; prompt and output together may have {self.max_model_len}",
+                field="prompt",
             )
         output = min(sampling.max_tokens, self.max_model_len - len(prompt))
         # The last token sampled never enters the KV cache.
         pages = kv.worst_case(prompt=len(prompt), output=output - 1, sequences=sampling.n)
         if pages > kv.pool.usable:
-            raise InvalidRequest(
-                Reason.INVALID_PARAMETER,
-                f"n: {sampling.n} sequences of {len(prompt)} + {output} tokens need {pages} KV pages, "
+            raise _bad(
+                "sampling.n",
+                f"sampling.n: {sampling.n} sequences of {len(prompt)} + {output} tokens need {pages} KV pages, "
                 f"the pool has {kv.pool.usable}; lower n or max_tokens",
             )
         return output
+
+
+def _bad(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(Reason.INVALID_PARAMETER, message, field=field)

@@ -9,6 +9,10 @@ from loramux_server.engine.config import EngineConfig
 from loramux_server.model.spec import ModelSpec
 
 
+class BadModelLength(ValueError):
+    """`max_model_len` is out of the model's range; the server refuses to start."""
+
+
 class NotEnoughMemory(ValueError):
     """One request of the maximum length does not fit; the server refuses to start."""
 
@@ -46,8 +50,15 @@ def plan_kv(
         largest_step: Runs the largest mixed step on a pool just big enough for it (CUDA only; it is measured).
 
     Raises:
+        BadModelLength: `max_model_len` has no room for a prompt and an output token, or is longer than the rotary
+            tables.
         NotEnoughMemory: The pool cannot hold one request of `max_model_len`.
     """
+    if config.max_model_len is not None and not 2 <= config.max_model_len <= spec.max_position:
+        raise BadModelLength(
+            f"max_model_len: {config.max_model_len} is out of [2, {spec.max_position}]; this model was made for "
+            f"sequences of up to {spec.max_position} tokens: lower --max-model-len or leave it out"
+        )
     page_bytes = spec.num_layers * 2 * config.page_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     wanted = config.max_model_len or spec.max_position
     if config.kv_pages is not None:

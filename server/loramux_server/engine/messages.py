@@ -188,11 +188,19 @@ class CommandFrame(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A domain error on the wire; see `loramux_server.errors.from_reason`."""
+    """A domain error on the wire; see `loramux_server.errors.from_reason`.
+
+    Attributes:
+        reason: A `loramux_server.errors.Reason`.
+        message: For the caller.
+        retry_after: Seconds after which a retry may succeed; None when it cannot help.
+        field: Request field it is about (`sampling.n`); "" = none.
+    """
 
     reason: str
     message: str
     retry_after: float | None = None
+    field: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,7 +224,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
         page_size: Tokens a page.
         rank_units: Slab capacity in units of 16 rank rows.
         max_rank: Largest adapter rank.
-        details: Facts for the log and `GetServerStatus` (kernel back ends, dtype, versions, seconds to ready).
+        details: Facts for the log and `GetServerStatus` (kernel back ends, dtype, versions, seconds to ready), and
+            the digests of the fingerprint's parts as `fingerprint.config`, `fingerprint.weights`, ...
     """
 
     fingerprint: str
@@ -326,7 +335,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, tag="completed"):
 
 
 class VersionState(msgspec.Struct, frozen=True, kw_only=True, tag="version_state"):
-    """Residency of a version changed.
+    """Residency or references of a version changed; changes of references are coalesced, sent with `Stats`.
 
     Attributes:
         version: Which.

@@ -1,6 +1,7 @@
 """The runner: everything with a tensor in it, behind the step contract of `plan.py`."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -225,8 +226,12 @@ def _add_prompt_logprobs(launched: _Launched, results: dict[int, RowResult]) -> 
         entries = unpack_logprobs(columns[begin:end], launched.prompt_top, [row.prompt_logprobs] * (end - begin))
         begin = end
         result = results.get(row.sequence_id, RowResult(token_id=None))
+        known = tuple(entry for entry in entries if entry is not None)
         results[row.sequence_id] = dataclasses.replace(
-            result, prompt_logprobs=tuple(entry for entry in entries if entry is not None)
+            result,
+            prompt_logprobs=known,
+            # A NaN anywhere in a row of logits makes its normaliser, and so its target's log-probability, NaN.
+            finite=result.finite and all(math.isfinite(entry.logprob) for entry in known),
         )
 
 

@@ -87,7 +87,7 @@ class RowResult:
     Attributes:
         token_id: Sampled token, None if the row was not sampled.
         logprob: Set when the request asked for log-probabilities.
-        finite: False when the row's logits hold NaN or Inf: `token_id` means nothing then.
+        finite: False when logits of the row hold NaN or Inf: `token_id` and log-probabilities mean nothing then.
         prompt_logprobs: One entry a prompt target, when asked.
     """
 
@@ -137,8 +137,10 @@ class SlabView(Protocol):
         """Largest number of adapters resident at once."""
         ...
 
-    def units_of(self, version_path: str) -> int:
-        """Rank units that the version at this directory needs.
+    def units_of(self, version_path: str) -> int | None:
+        """Rank units that the version at this directory needs; None while its files are being read: ask again.
+
+        Never blocks. A refusal is told once: asked again later, the files are read again.
 
         Raises:
             LoramuxServerError: Unreadable or incompatible adapter.

@@ -37,7 +37,7 @@ class Request:
         admitted_order: Number of its latest admission; the newest is preempted first.
         admitted_at: Time of the first admission, None before.
         first_token_at: Time of the first output token.
-        load_wait_since: When it first waited for its adapter's load.
+        load_wait_since: Since when it waits for its adapter to be read and loaded.
         passed_over: Newer adapter requests admitted while it found no room for its adapter.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission.
         computed_tokens: Tokens computed for it, recomputation included.

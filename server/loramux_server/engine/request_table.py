@@ -83,6 +83,11 @@ class RequestTable:
         """A living sequence with its request."""
         return self._sequences.get(sequence_id)
 
+    @property
+    def changes(self) -> tuple[int, int, int]:
+        """Moves whenever an adapter request that could not start might start now; pages and rows apart."""
+        return self.waiting.changes, self._aliases.changes, self._residency.changes
+
     # --- arrival ---------------------------------------------------------------------------------------------------
 
     def arrive(self, add: Add, now: float, *, refusal: LoramuxServerError | None = None) -> None:

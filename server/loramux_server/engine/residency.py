@@ -2,17 +2,17 @@
 
 Two counts are kept apart. A *reference* is held by every request that a version is bound to, preempted ones included:
 a dropped version is forgotten when it reaches zero. A *use* is held by requests that run: a version in use is never
-evicted. Loading is asynchronous; only the requests of the version that loads wait for it.
+evicted. Reading and loading are asynchronous; only the requests of the version that loads wait for it.
 """
 
-import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from loramux_server.engine.adapter_version import Residency, Room, Version
-from loramux_server.engine.messages import Completed, ErrorSpec, Event, VersionSpec, VersionState
+from loramux_server.engine.messages import Completed, ErrorSpec, Event, VersionSpec
 from loramux_server.engine.plan import SlabView
-from loramux_server.engine.slab_layout import Tenure, find_window, find_window_to_drain
+from loramux_server.engine.residency_report import ResidencyReport
+from loramux_server.engine.slab_layout import Reservation, Tenure, find_window, find_window_to_drain
 from loramux_server.engine.wire_error import error_spec
 from loramux_server.errors import LoramuxServerError, NotFound, Reason, ResourceExhausted, Unavailable
 
@@ -20,15 +20,6 @@ logger = logging.getLogger(__name__)
 
 PRELOAD_PATIENCE = 10.0
 """Seconds a `Preload` waits for room."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Reservation:
-    """Room being made for `version`: `draining` may not be used by newcomers; `present` was resident at the choice."""
-
-    version: str
-    draining: frozenset[str]
-    present: frozenset[str]
 
 
 class AdapterResidency:
@@ -46,17 +37,22 @@ class AdapterResidency:
         self._on_forget = on_forget
         self._versions: dict[str, Version] = {}
         self._by_slot: dict[int, Version] = {}
-        self._reserved: _Reservation | None = None
+        self._preloading: dict[str, Version] = {}
+        self._report = ResidencyReport(emit)
+        self._reserved: Reservation | None = None
         self._tick = 0
         # Fewest rank units known not to fit since room last appeared: spares a search for each waiting request.
         self._too_many_units: int | None = None
         self.loads = 0
         self.evictions = 0
+        self.changes = 0
+        """Counts what may change the answer of `want`, so that it need not be asked again in vain."""
 
     # --- what is known ---------------------------------------------------------------------------------------------
 
     def put(self, spec: VersionSpec) -> None:
         """Make a version known; a dropped one that is still held comes back."""
+        self.changes += 1
         known = self._versions.get(spec.version)
         if known is None:
             self._versions[spec.version] = Version(spec=spec)
@@ -71,9 +67,8 @@ class AdapterResidency:
         if known is None:
             return
         known.dropped = True
-        preloads, known.preloads = known.preloads, []
-        for operation_id, _ in preloads:
-            self._emit(Completed(operation_id=operation_id, error=error_spec(_not_found(version))))
+        self.changes += 1
+        self._end_preloads(known, error_spec(_not_found(version)))
         self._settle(known)
 
     def serves(self, version: str) -> bool:
@@ -94,6 +89,7 @@ class AdapterResidency:
         if known is None or known.dropped:
             raise _not_found(version)
         known.references += 1
+        self._report.bound(known)
         return known.spec.digest
 
     def unbind(self, version: str) -> None:
@@ -101,9 +97,12 @@ class AdapterResidency:
         known = self._versions[version]
         assert known.references > 0, f"{version} has no reference to give back"
         known.references -= 1
-        if known.dropped and known.references > 0:
-            self._emit(self._state_of(known))
+        self._report.unbound(known)
         self._settle(known)
+
+    def report_references(self) -> None:
+        """Emit the `VersionState` of every version whose references moved since it was last told."""
+        self._report.flush()
 
     def digest(self, version: str) -> str:
         """Digest of a known version."""
@@ -148,7 +147,7 @@ class AdapterResidency:
         known = self._versions[version]
         assert known.uses > 0, f"{version} is not in use"
         known.uses -= 1
-        self._too_many_units = None
+        self._room_appeared()
         self._touch(known)
         self._settle(known)
 
@@ -160,7 +159,7 @@ class AdapterResidency:
         for known in self._by_slot.values():
             if known.fresh:
                 known.fresh = False
-                self._too_many_units = None
+                self._room_appeared()
 
     def reserve(self, version: str | None) -> None:
         """Keep a place free for the oldest request that was passed over too often, or for none.
@@ -170,6 +169,7 @@ class AdapterResidency:
         """
         if self._reserved is not None and self._reserved.version != version:
             self._reserved = None
+            self.changes += 1
         known = self._versions[version] if version is not None else None
         if known is None or known.state is not Residency.STORE or known.units == 0:
             return
@@ -181,12 +181,17 @@ class AdapterResidency:
         draining = frozenset(window.leaving) if window is not None else frozenset()
         if not draining and len(self._by_slot) >= self._slab.max_slots:
             draining = frozenset([min(tenures, key=lambda t: (t.busy, t.last_used)).version])
-        self._reserved = _Reservation(version=known.spec.version, draining=draining, present=present)
+        self._reserved = Reservation(version=known.spec.version, draining=draining, present=present)
+        self.changes += 1
 
     def _start_load(self, known: Version) -> Room:
         capacity = self._slab.rank_units
         if known.units == 0:
-            known.units = self._slab.units_of(known.spec.path)
+            self.changes += 1
+            units = self._slab.units_of(known.spec.path)
+            if units is None:
+                return Room.LOADING
+            known.units = units
         if known.units > capacity:
             raise ResourceExhausted(
                 Reason.ADAPTER_SLOTS_EXHAUSTED,
@@ -209,6 +214,7 @@ class AdapterResidency:
             self.evictions += 1
             self._vacate(self._versions[version])
         slot = next(slot for slot in range(self._slab.max_slots) if slot not in self._by_slot)
+        self.changes += 1
         known.state, known.slot, known.first_unit = Residency.LOADING, slot, window.first_unit
         self._by_slot[slot] = known
         self._touch(known)
@@ -221,11 +227,12 @@ class AdapterResidency:
         for slot, error in self._slab.poll_loads():
             known = self._by_slot[slot]
             assert known.state is Residency.LOADING, f"slot {slot} was not loading"
+            self.changes += 1
             if error is None:
                 known.state = Residency.GPU
                 known.fresh = True
                 self.loads += 1
-                self._emit(self._state_of(known))
+                self._report.tell(known)
             else:
                 logger.warning("adapter version %s could not be loaded", known.spec.version, exc_info=error)
                 spec = error_spec(error)
@@ -233,7 +240,7 @@ class AdapterResidency:
                 self._vacate(known, announce=False)
                 self._end_preloads(known, spec)
             self._settle(known)
-        for known in [known for known in self._versions.values() if known.preloads]:
+        for known in list(self._preloading.values()):
             self._advance_preload(known, now)
         return failed
 
@@ -243,18 +250,20 @@ class AdapterResidency:
         """Load a version ahead of its requests; answered by `Completed`."""
         known = self._versions.get(version)
         if known is None or known.dropped:
-            self._emit(Completed(operation_id=operation_id, error=error_spec(_not_found(version))))
+            self._complete([operation_id], error_spec(_not_found(version)))
             return
         known.preloads.append((operation_id, now + PRELOAD_PATIENCE))
+        self._preloading[version] = known
         self._advance_preload(known, now)
 
     def unload(self, operation_id: str, version: str) -> None:
         """Free a version's rows once nothing uses it; answered by `Completed`."""
         known = self._versions.get(version)
         if known is None:
-            self._emit(Completed(operation_id=operation_id, error=error_spec(_not_found(version))))
+            self._complete([operation_id], error_spec(_not_found(version)))
             return
         known.unloads.append(operation_id)
+        self.changes += 1
         self._settle(known)
 
     def cancel_operations(self) -> None:
@@ -262,14 +271,12 @@ class AdapterResidency:
         spec = error_spec(Unavailable(Reason.DRAINING, "the engine is shutting down"))
         for known in self._versions.values():
             self._end_preloads(known, spec)
-            unloads, known.unloads = known.unloads, []
-            for operation_id in unloads:
-                self._emit(Completed(operation_id=operation_id, error=spec))
+            self._end_unloads(known, spec)
 
     @property
     def pending(self) -> bool:
         """Whether loads or preloads are under way."""
-        return any(k.state is Residency.LOADING or k.preloads for k in self._versions.values())
+        return bool(self._preloading) or any(k.state is Residency.LOADING for k in self._by_slot.values())
 
     @property
     def resident(self) -> int:
@@ -296,12 +303,22 @@ class AdapterResidency:
             full = ResourceExhausted(
                 Reason.ADAPTER_SLOTS_EXHAUSTED, "every rank unit is in use; unpin or unload an adapter", retry_after=1.0
             )
-            for operation_id in late:
-                self._emit(Completed(operation_id=operation_id, error=error_spec(full)))
+            self._complete(late, error_spec(full))
+            if not known.preloads:
+                del self._preloading[known.spec.version]
 
     def _end_preloads(self, known: Version, error: ErrorSpec | None) -> None:
         preloads, known.preloads = known.preloads, []
-        for operation_id, _ in preloads:
+        self._preloading.pop(known.spec.version, None)
+        self._complete([operation_id for operation_id, _ in preloads], error)
+
+    def _end_unloads(self, known: Version, error: ErrorSpec | None) -> None:
+        unloads, known.unloads = known.unloads, []
+        self.changes += bool(unloads)
+        self._complete(unloads, error)
+
+    def _complete(self, operation_ids: Iterable[str], error: ErrorSpec | None) -> None:
+        for operation_id in operation_ids:
             self._emit(Completed(operation_id=operation_id, error=error))
 
     def _settle(self, known: Version) -> None:
@@ -311,22 +328,24 @@ class AdapterResidency:
         gone = known.dropped and known.references == 0
         if (known.unloads or gone) and known.state is Residency.GPU:
             self._vacate(known, announce=not gone)
-        unloads, known.unloads = known.unloads, []
-        for operation_id in unloads:
-            self._emit(Completed(operation_id=operation_id))
+        self._end_unloads(known, None)
         if gone and self._versions.get(known.spec.version) is known:
             del self._versions[known.spec.version]
             self._on_forget(known.spec.version)
-            self._emit(self._state_of(known, dropped=True))
+            self._report.tell(known, dropped=True)
 
     def _vacate(self, known: Version, *, announce: bool = True) -> None:
         assert known.uses == 0, f"{known.spec.version} is in use"
         self._slab.clear(known.slot)
         del self._by_slot[known.slot]
-        self._too_many_units = None
+        self._room_appeared()
         known.state, known.slot, known.first_unit, known.fresh = Residency.STORE, -1, -1, False
         if announce:
-            self._emit(self._state_of(known))
+            self._report.tell(known)
+
+    def _room_appeared(self) -> None:
+        self._too_many_units = None
+        self.changes += 1
 
     def _touch(self, known: Version) -> None:
         self._tick += 1
@@ -344,12 +363,6 @@ class AdapterResidency:
             for known in self._by_slot.values()
         ]
 
-    def _state_of(self, known: Version, *, dropped: bool = False) -> VersionState:
-        residency = "gpu" if known.state is Residency.GPU else "store"
-        return VersionState(
-            version=known.spec.version, residency=residency, references=known.references, dropped=dropped
-        )
-
     def check_integrity(self, *, references: dict[str, int], uses: dict[str, int]) -> None:
         """Assert that rows do not overlap and that counts are exactly those of the living requests."""
         taken: set[int] = set()
@@ -365,6 +378,9 @@ class AdapterResidency:
             assert known.uses == uses.get(name, 0), f"{name}: {known.uses} uses"
             assert known.uses == 0 or known.state is Residency.GPU
             assert not (known.dropped and known.references == 0 and known.state is not Residency.LOADING)
+            assert bool(known.preloads) == (self._preloading.get(name) is known), f"{name}: preloads"
+        assert set(self._preloading) <= set(self._versions)
+        self._report.check_integrity(self._versions)
         if self._too_many_units is not None:
             free_slot = len(self._by_slot) < self._slab.max_slots or not all(t.busy for t in self._tenures())
             window = find_window(self._tenures(), self._too_many_units, self._slab.rank_units)

@@ -11,7 +11,7 @@ from loramux_base.checkpoint import read_json
 from loramux_base.shapes import UnsupportedBase, base_shapes
 from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
 from loramux_server.engine.config import EngineConfig
-from loramux_server.engine.graphs import ForwardGraphs
+from loramux_server.engine.graphs import CudaRecorder, ForwardGraphs, Recorder
 from loramux_server.engine.memory import KvPlan, allocate_kv, plan_kv
 from loramux_server.engine.messages import Ready, SamplingSpec
 from loramux_server.engine.model_runner import ModelRunner
@@ -28,13 +28,15 @@ logger = logging.getLogger(__name__)
 _WARM_UP = SamplingSpec(max_tokens=1, temperature=0.7, top_k=20, top_p=0.9, logprobs=1)
 
 
-def build_runner(config: EngineConfig) -> ModelRunner:
+def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> ModelRunner:
     """Load, size, warm up.
 
     Args:
         config: Settings of this process.
+        record: Makes the graphs of forward passes; None = CUDA graphs where the device and the settings allow them.
 
     Raises:
+        BadModelLength: `max_model_len` is out of the model's range.
         ModelLoadError: The checkpoint cannot be served.
         UnsupportedModel: Its architecture or a flag is not supported.
         SelfTestError: Our layers and transformers' disagree on a small model of the same flags.
@@ -62,8 +64,10 @@ def build_runner(config: EngineConfig) -> ModelRunner:
     ready = _ready(config, model, plan, loader)
     runner = _runner(config, model, kv, slab, loader, plan.max_model_len, ready)
     _warm_up(runner, config, plan.max_model_len)
-    if device.type == "cuda" and config.cuda_graphs:
-        runner.capture(_graphs(config, model, kv, slab, plan.max_model_len))
+    if record is None and device.type == "cuda" and config.cuda_graphs:
+        record = CudaRecorder(device)
+    if record is not None:
+        runner.capture(_graphs(config, model, kv, slab, plan.max_model_len, record))
     ready.details["seconds_to_ready"] = f"{time.monotonic() - began:.1f}"
     return runner
 
@@ -122,14 +126,20 @@ def _runner(
 
 
 def _graphs(
-    config: EngineConfig, model: CausalLM, kv: list[torch.Tensor], slab: LoraSlab | None, max_model_len: int
+    config: EngineConfig,
+    model: CausalLM,
+    kv: list[torch.Tensor],
+    slab: LoraSlab | None,
+    max_model_len: int,
+    record: Recorder,
 ) -> ForwardGraphs:
+    sequences = min(config.max_running, config.max_batch_tokens)
     static = StaticBatch(
         device=model.device,
         max_tokens=config.max_batch_tokens,
-        max_sequences=config.max_running,
+        max_sequences=sequences,
         max_pages=-(-max_model_len // config.page_size),
-        max_segments=min(config.max_slots, config.max_running) + 1,
+        max_segments=min(config.max_slots, sequences) + 1,
         page_size=config.page_size,
     )
     return ForwardGraphs(
@@ -138,9 +148,10 @@ def _graphs(
         slab=slab,
         static=static,
         max_tokens=config.max_batch_tokens,
-        max_sequences=config.max_running,
+        max_sequences=sequences,
         max_model_len=max_model_len,
         batch_invariant=config.batch_invariant,
+        record=record,
     )
 
 
@@ -176,6 +187,8 @@ def _largest_step(
     share = max(1, config.max_batch_tokens // config.max_running)
     counts = [share] * min(config.max_running, config.max_batch_tokens)
     counts[-1] += config.max_batch_tokens - sum(counts)
+    # No sequence is longer than the rotary tables.
+    counts = [min(count, model.spec.max_position) for count in counts]
     rows = _rows(counts, config.page_size)
     pages = max(max(row.pages) for row in rows)
     kv = allocate_kv(model.spec, pages=pages, page_size=config.page_size, dtype=model.dtype, device=model.device)
@@ -188,7 +201,7 @@ def _warm_up(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> N
     """Compile and touch every kernel once before the server says it is ready: prefill, decode, mixed."""
     usable = (runner.num_pages - 1) * config.page_size
     chunk = min(config.prefill_chunk, config.max_batch_tokens, max_model_len, usable)
-    for counts in ([1], [chunk], [1] * min(8, config.max_running, runner.num_pages - 1)):
+    for counts in ([1], [chunk], [1] * min(8, config.max_running, config.max_batch_tokens, runner.num_pages - 1)):
         rows = _rows(counts, config.page_size)
         runner.launch(StepPlan(step=0, rows=rows)).result()
         for row in rows:
@@ -216,5 +229,6 @@ def _ready(config: EngineConfig, model: CausalLM, plan: KvPlan, loader: AdapterL
             "torch": str(torch.__version__),
             "kv_bytes": str(plan.pages * plan.page_bytes),
             **{name: str(value) for name, value in model.details.items()},
+            **{f"fingerprint.{name}": digest for name, digest in model.fingerprint.parts.items()},
         },
     )

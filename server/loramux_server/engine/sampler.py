@@ -13,20 +13,26 @@ R = sampled rows, V = vocabulary size.
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loramux_server.engine.messages import SamplingSpec, TokenLogprob
+from loramux_server.engine.packed_rows import Array
 from loramux_server.engine.plan import RowPlan
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
-# Bisection steps for top-p: the logit range over 2^32 is far below float32 resolution of any logit that matters.
+# Below it logits would overflow float32 when divided; neighbouring float32 logits are already far apart at it.
+_LOWEST_TEMPERATURE = 1e-6
+# Largest top-k that is taken from the sorted best.
+_SORTED_TOP_K = 1024
+# Bisection steps for top-p and a large top-k: the logit range over 2^32 is far below float32 resolution of any logit
+# that matters.
 _BISECTIONS = 32
 
 
@@ -100,13 +106,16 @@ class Sampler:
         """
         return torch.cat(_logprob_columns(logits, targets, top), dim=1)
 
-    def _index(self, values: Sequence[int]) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        return tensor.to(self._device, non_blocking=True)
+    def _index(self, values: Sequence[int] | Array) -> Tensor:
+        return self._send(torch.as_tensor(np.asarray(values, dtype=np.int64)))
 
-    def _floats(self, values: Sequence[float]) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.float32, pin_memory=self._device.type == "cuda")
-        return tensor.to(self._device, non_blocking=True)
+    def _floats(self, values: Sequence[float] | Array) -> Tensor:
+        return self._send(torch.as_tensor(np.asarray(values, dtype=np.float32)))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _adjust(self, logits: Tensor, rows: Sequence[RowPlan], specs: Sequence[SamplingSpec]) -> Tensor:
         """Apply everything that names single tokens; touches only those, through flat indices `row * V + token`."""
@@ -118,9 +127,7 @@ class Sampler:
                 flat = logits.clone().view(-1)
             return flat
 
-        penalised: list[int] = []
-        repetition: list[float] = []
-        subtract: list[float] = []
+        penalties = _Penalties()
         biased: list[int] = []
         bias: list[float] = []
         banned: list[int] = []
@@ -129,20 +136,19 @@ class Sampler:
             if spec.repetition_penalty != 1.0 or spec.presence_penalty or spec.frequency_penalty:
                 seen = self._seen.setdefault(row.sequence_id, _SeenTokens(row.prompt_length))
                 seen.update(row.history)
-                for token, count in seen.counts():
-                    penalised.append(base + token)
-                    repetition.append(spec.repetition_penalty)
-                    subtract.append(spec.frequency_penalty * count + (spec.presence_penalty if count else 0.0))
+                penalties.add(base, *seen.counts(), spec)
+            # Ids past the model's vocabulary can never be sampled: there is nothing to bias or ban.
             for token, value in spec.logit_bias.items():
-                biased.append(base + token)
-                bias.append(value)
-            banned.extend(base + token for token in _banned(row, spec))
-        if penalised:
-            where = self._index(penalised)
+                if 0 <= token < self._vocab_size:
+                    biased.append(base + token)
+                    bias.append(value)
+            banned.extend(base + token for token in _banned(row, spec) if 0 <= token < self._vocab_size)
+        if penalties.where:
+            where = self._index(np.concatenate(penalties.where))
             values = target().index_select(0, where)
-            factor = self._floats(repetition)
-            values = torch.where(values > 0, values / factor, values * factor) - self._floats(subtract)
-            target().index_copy_(0, where, values)
+            factor = self._floats(np.concatenate(penalties.factor))
+            values = torch.where(values > 0, values / factor, values * factor)
+            target().index_copy_(0, where, values - self._floats(np.concatenate(penalties.subtract)))
         if biased:
             where = self._index(biased)
             target().index_copy_(0, where, target().index_select(0, where) + self._floats(bias))
@@ -151,30 +157,57 @@ class Sampler:
         return logits if flat is None else flat.view(logits.shape)
 
 
+@dataclasses.dataclass(slots=True)
+class _Penalties:
+    """Penalised tokens of all rows, an array a row: flat index, repetition factor, what is subtracted."""
+
+    where: list[Array] = dataclasses.field(default_factory=list)
+    factor: list[Array] = dataclasses.field(default_factory=list)
+    subtract: list[Array] = dataclasses.field(default_factory=list)
+
+    def add(self, base: int, tokens: Array, counts: Array, spec: SamplingSpec) -> None:
+        """Add a row whose logits begin at flat index `base`."""
+        self.where.append(tokens + base)
+        self.factor.append(np.full(len(tokens), spec.repetition_penalty))
+        self.subtract.append(spec.frequency_penalty * counts + spec.presence_penalty * (counts > 0))
+
+
 class _SeenTokens:
-    """Token counts of one sequence, brought up to date from its history."""
+    """Token counts of one sequence, brought up to date from its history.
+
+    Kept as arrays: a long prompt has thousands of distinct tokens, and every step of its sequence needs them all.
+    """
 
     def __init__(self, prompt_length: int) -> None:
         self._prompt_length = prompt_length
-        self._prompt: set[int] = set()
-        self._output: Counter[int] = Counter()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._place: dict[int, int] = {}
+        self._tokens = np.zeros(64, dtype=np.int64)
+        self._counts = np.zeros(64, dtype=np.int64)
         self._length = 0
 
     def update(self, history: Sequence[int]) -> None:
+        """Count what is new in the history."""
         if len(history) < self._length:  # Only a reused id could shrink: start over rather than be wrong.
-            self._prompt.clear()
-            self._output.clear()
-            self._length = 0
+            self._clear()
         for position in range(self._length, len(history)):
-            if position < self._prompt_length:
-                self._prompt.add(history[position])
-            else:
-                self._output[history[position]] += 1
+            token = history[position]
+            place = self._place.get(token)
+            if place is None:
+                place = self._place[token] = len(self._place)
+                if place == len(self._tokens):
+                    self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+                    self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+                self._tokens[place] = token
+            self._counts[place] += position >= self._prompt_length
         self._length = len(history)
 
-    def counts(self) -> list[tuple[int, int]]:
-        """(token, occurrences in the output) of every token seen in prompt or output."""
-        return [(token, self._output[token]) for token in self._prompt | self._output.keys()]
+    def counts(self) -> tuple[Array, Array]:
+        """Tokens seen in prompt or output, each once, and their occurrences in the output; both `[n]` int64."""
+        used = len(self._place)
+        return self._tokens[:used], self._counts[:used]
 
 
 def _spec(row: RowPlan) -> SamplingSpec:
@@ -183,11 +216,12 @@ def _spec(row: RowPlan) -> SamplingSpec:
 
 
 def _banned(row: RowPlan, spec: SamplingSpec) -> set[int]:
+    """Tokens that must not come next: end tokens before `min_tokens`, and those that would complete a bad word."""
     banned: set[int] = set()
     if len(row.history) - row.prompt_length < spec.min_tokens:
         banned.update(spec.stop_token_ids)
         banned.update(spec.eos_token_ids if not spec.ignore_eos else ())
-    for word in spec.bad_words:
+    for word in filter(None, spec.bad_words):
         prefix = word[:-1]
         if not prefix or (
             len(row.history) >= len(prefix) and list(row.history[len(row.history) - len(prefix) :]) == list(prefix)
@@ -200,20 +234,21 @@ def _draw(logits: Tensor, specs: Sequence[SamplingSpec], rows: Sequence[RowPlan]
     """Sample `[R, V]` adjusted logits; every spec has temperature > 0. Returns `[R]` int64."""
     cuda = logits.is_cuda
     # One small copy for all parameters: temperature, top_k, top_p, min_p as float64 (top_k is exact below 2^53).
+    vocab_size = logits.shape[-1]
+    kept = [spec.top_k if spec.top_k < vocab_size else 0 for spec in specs]
     parameters = torch.tensor(
-        [[spec.temperature, float(spec.top_k), spec.top_p, spec.min_p] for spec in specs],
+        [
+            [max(spec.temperature, _LOWEST_TEMPERATURE), float(top_k), spec.top_p, spec.min_p]
+            for spec, top_k in zip(specs, kept, strict=True)
+        ],
         dtype=torch.float64,
         pin_memory=cuda,
     ).to(logits.device, non_blocking=True)
     scaled = logits / parameters[:, :1].to(torch.float32)
     largest = scaled.amax(dim=-1, keepdim=True)
     limit = torch.full_like(largest, -math.inf)
-    top_k = max((spec.top_k for spec in specs), default=0)
-    if top_k:
-        count = min(max(top_k, 1), logits.shape[-1])
-        best = scaled.topk(count, dim=-1).values
-        place = (parameters[:, 1:2].to(torch.int64) - 1).clamp(0, count - 1)
-        limit = torch.where(parameters[:, 1:2] > 0, best.gather(1, place), limit)
+    if any(kept):
+        limit = _top_k_limit(scaled, largest, limit, parameters[:, 1:2].to(torch.int64), kept)
     if any(spec.top_p < 1 for spec in specs):
         limit = torch.maximum(limit, _top_p_limit(scaled, largest, limit, parameters[:, 2:3]))
     if any(spec.min_p > 0 for spec in specs):
@@ -223,8 +258,41 @@ def _draw(logits: Tensor, specs: Sequence[SamplingSpec], rows: Sequence[RowPlan]
         dtype=torch.int64,
         pin_memory=cuda,
     ).to(logits.device, non_blocking=True)
-    score = scaled - _exponential(keys, logits.shape[-1]).log_()
+    score = scaled - _exponential(keys, vocab_size).log_()
     return score.masked_fill_(scaled < limit, -math.inf).argmax(dim=-1)
+
+
+def _top_k_limit(scaled: Tensor, largest: Tensor, floor: Tensor, top_k: Tensor, host_top_k: Sequence[int]) -> Tensor:
+    """The k-th largest logit of each row, or `floor` where top-k is off (0); `[R, 1]` float32.
+
+    A row's method depends on its own k alone. A small k is taken from the sorted best; a large one is searched by
+    bisection, or one request could make everybody's step sort the vocabulary.
+
+    Args:
+        scaled: `[R, V]`.
+        largest: `[R, 1]`, its row maxima.
+        floor: `[R, 1]`.
+        top_k: `[R, 1]` int64, below V.
+        host_top_k: The same on the host.
+    """
+    limit = floor
+    count = max((k for k in host_top_k if k <= _SORTED_TOP_K), default=0)
+    if count:
+        best = scaled.topk(count, dim=-1).values
+        kth = best.gather(1, (top_k - 1).clamp(0, count - 1))
+        limit = torch.where((top_k > 0) & (top_k <= _SORTED_TOP_K), kth, limit)
+    if max(host_top_k) > _SORTED_TOP_K:
+        low = scaled.masked_fill(scaled == -math.inf, math.inf).amin(dim=-1, keepdim=True).minimum(largest)
+        enough_at_low = (scaled >= low).sum(dim=-1, keepdim=True) >= top_k
+        high = largest.clone()
+        for _ in range(_BISECTIONS):
+            middle = low + (high - low) / 2
+            enough = (scaled >= middle).sum(dim=-1, keepdim=True) >= top_k
+            low = torch.where(enough, middle, low)
+            high = torch.where(enough, high, middle)
+        # Fewer unbanned tokens than k: all of them stay.
+        limit = torch.where(top_k > _SORTED_TOP_K, torch.where(enough_at_low, low, floor), limit)
+    return limit
 
 
 def _top_p_limit(scaled: Tensor, largest: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:

@@ -35,6 +35,21 @@ class Window:
     leaving: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Room being made for one version.
+
+    Attributes:
+        version: Whom for.
+        draining: Versions that newcomers may not start to use, since the room is theirs now.
+        present: What was resident when the place was chosen.
+    """
+
+    version: str
+    draining: frozenset[str]
+    present: frozenset[str]
+
+
 def _windows(tenures: Sequence[Tenure], units: int, capacity: int) -> list[tuple[int, list[Tenure]]]:
     starts = {0, *(t.first_unit for t in tenures), *(t.first_unit + t.units for t in tenures)}
     return [

@@ -5,11 +5,10 @@ read); the device side is one static buffer, so that a captured graph of the sam
 same addresses. On CPU both sides are the same memory.
 """
 
-import itertools
-
 import numpy as np
 import torch
 
+from loramux_server.engine.packed_rows import Array, lora_segments, pack_rows, sampled_tokens
 from loramux_server.engine.plan import StepPlan
 from loramux_server.kernels.batch import ForwardBatch, LoraBatch
 
@@ -63,33 +62,19 @@ class BatchStaging:
         Returns:
             Views of the static device buffer, valid until the next call.
         """
-        rows = plan.rows
-        counts = np.fromiter((len(row.token_ids) for row in rows), dtype=np.int64, count=len(rows))
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        total = int(starts[-1])
-        first = np.fromiter((row.start for row in rows), dtype=np.int64, count=len(rows))
-        lengths = first + counts
-        # One position array for the packed batch: row start + offset inside the row.
-        positions = np.arange(total, dtype=np.int64) + np.repeat(first - starts[:-1], counts)
-        width = max(len(row.pages) for row in rows)
-        tables = np.zeros((len(rows), width), dtype=np.int32)
-        for index, row in enumerate(rows):
-            tables[index, : len(row.pages)] = row.pages
-        owner = np.repeat(np.arange(len(rows)), counts)
-        page, offset = np.divmod(positions, self._page_size)
-        fields: list[np.ndarray] = [
-            np.fromiter(itertools.chain.from_iterable(row.token_ids for row in rows), dtype=np.int64, count=total),
-            positions,
-            tables[owner, page].astype(np.int64) * self._page_size + offset,
-            _logit_rows(plan, starts),
-            starts.astype(np.int32),
-            lengths.astype(np.int32),
-            tables,
+        packed = pack_rows(plan, self._page_size)
+        fields = [
+            packed.token_ids,
+            packed.positions,
+            packed.kv_slots,
+            _logit_rows(plan, packed.query_starts),
+            packed.query_starts.astype(np.int32),
+            packed.kv_lengths.astype(np.int32),
+            packed.page_tables,
         ]
-        slots = np.fromiter((row.slot for row in rows), dtype=np.int32, count=len(rows))
         segments = 0
-        if (slots >= 0).any():
-            lora_fields = lora_segments(np.repeat(slots, counts))
+        if (packed.row_slots >= 0).any():
+            lora_fields = lora_segments(packed.token_slots)
             segments = len(lora_fields[2])
             fields.extend(lora_fields)
         tensors = self._send(fields)
@@ -110,12 +95,12 @@ class BatchStaging:
             )
             if segments
             else None,
-            max_query_length=int(counts.max()),
-            max_kv_length=int(lengths.max()),
+            max_query_length=int(packed.query_lengths.max()),
+            max_kv_length=int(packed.kv_lengths.max()),
             page_size=self._page_size,
         )
 
-    def _send(self, fields: list[np.ndarray]) -> list[torch.Tensor]:
+    def _send(self, fields: list[Array]) -> list[torch.Tensor]:
         """Pack the fields into the next host buffer and copy it to the static device buffer."""
         turn = self._turn = (self._turn + 1) % len(self._ring)
         pending = self._events[turn]
@@ -143,29 +128,10 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _logit_rows(plan: StepPlan, starts: np.ndarray) -> np.ndarray:
-    wanted = [int(starts[index + 1]) - 1 for index, row in enumerate(plan.rows) if row.sample]
-    for index, row in enumerate(plan.rows):
-        if row.prompt_logprobs is not None:
-            begin = int(starts[index])
-            wanted.extend(range(begin, begin + len(row.prompt_targets)))
-    return np.asarray(wanted, dtype=np.int64)
-
-
-def lora_segments(token_slots: np.ndarray) -> list[np.ndarray]:
-    """The four fields of `LoraBatch` from each token's slot; base tokens (-1) sort first.
-
-    Args:
-        token_slots: `[T]` int32.
-
-    Returns:
-        Token slots, order, segment slots, segment starts.
-    """
-    order = np.argsort(token_slots, kind="stable").astype(np.int32)
-    slots, begins = np.unique(token_slots[order], return_index=True)
-    return [
-        token_slots,
-        order,
-        slots.astype(np.int32),
-        np.append(begins, len(token_slots)).astype(np.int32),
+def _logit_rows(plan: StepPlan, query_starts: Array) -> Array:
+    asked = [
+        np.arange(query_starts[index], query_starts[index] + len(row.prompt_targets))
+        for index, row in enumerate(plan.rows)
+        if row.prompt_logprobs is not None
     ]
+    return np.concatenate((sampled_tokens(plan, query_starts), *asked))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loramux_server.engine.packed_rows import Array, lora_segments, pack_rows, sampled_tokens
 from loramux_server.engine.plan import StepPlan
-from loramux_server.engine.staging import lora_segments
 from loramux_server.kernels.batch import ForwardBatch, LoraBatch
 
 _RING = 3
@@ -40,9 +40,9 @@ class StaticBatch:
     """Pinned host buffers, one static device buffer, and views of it by shape.
 
     Args:
-        device: A CUDA device.
+        device: Where the model lives.
         max_tokens: Most packed tokens.
-        max_sequences: Most sequences.
+        max_sequences: Most sequences; no more than `max_tokens`.
         max_pages: Most pages of a sequence.
         max_segments: Most distinct slots in one batch, the base included.
         page_size: Tokens a page.
@@ -58,6 +58,7 @@ class StaticBatch:
         max_segments: int,
         page_size: int,
     ) -> None:
+        assert max_sequences <= max_tokens, "a sequence in a step has a token"
         self._page_size = page_size
         self._max_sequences = max_sequences
         self._max_segments = max_segments
@@ -79,7 +80,8 @@ class StaticBatch:
         for name, (count, width) in counts.items():
             self._spans[name] = (position, count, width)
             position += -(-count * width // _ALIGNMENT) * _ALIGNMENT
-        self._ring = [torch.zeros(position, dtype=torch.uint8, pin_memory=True) for _ in range(_RING)]
+        cuda = device.type == "cuda"
+        self._ring = [torch.zeros(position, dtype=torch.uint8, pin_memory=cuda) for _ in range(_RING)]
         self._events: list[torch.cuda.Event | None] = [None] * _RING
         self._turn = 0
         self._device_buffer = torch.zeros(position, dtype=torch.uint8, device=device)
@@ -90,7 +92,7 @@ class StaticBatch:
     def batch(self, shape: BatchShape) -> ForwardBatch:
         """The static tensors as a batch of this shape."""
         views = self._views
-        sequences = shape.tokens if shape.decode else self._max_sequences
+        sequences = self._sequences(shape)
         return ForwardBatch(
             token_ids=views["token_ids"][: shape.tokens],
             positions=views["positions"][: shape.tokens],
@@ -120,50 +122,44 @@ class StaticBatch:
         if pending is not None:
             pending.synchronize()
         host = self._host_views[turn]
-        rows = plan.rows
-        used = len(rows)
-        counts = np.fromiter((len(row.token_ids) for row in rows), dtype=np.int64, count=used)
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        total = int(starts[-1])
-        first = np.fromiter((row.start for row in rows), dtype=np.int64, count=used)
-        positions = np.arange(total, dtype=np.int64) + np.repeat(first - starts[:-1], counts)
-        width = max(len(row.pages) for row in rows)
-        table = host["table"][: used * width].reshape(used, width)
-        table.fill(0)
-        for index, row in enumerate(rows):
-            table[index, : len(row.pages)] = row.pages
-        page, offset = np.divmod(positions, self._page_size)
-        owner = np.repeat(np.arange(used), counts)
+        packed = pack_rows(plan, self._page_size)
+        used, width = packed.page_tables.shape
+        total = len(packed.token_ids)
         tokens = shape.tokens
-        sequences = tokens if shape.decode else self._max_sequences
-        _put(host["token_ids"], [token for row in rows for token in row.token_ids], tokens, 0)
-        _put(host["positions"], positions, tokens, 0)
-        _put(host["kv_slots"], table[owner, page].astype(np.int64) * self._page_size + offset, tokens, 0)
-        sampled = [int(starts[index + 1]) - 1 for index, row in enumerate(rows) if row.sample]
-        _put(host["logit_rows"], sampled, sequences, 0)
+        sequences = self._sequences(shape)
+        _put(host["token_ids"], packed.token_ids, tokens, 0)
+        _put(host["positions"], packed.positions, tokens, 0)
+        _put(host["kv_slots"], packed.kv_slots, tokens, 0)
+        _put(host["logit_rows"], sampled_tokens(plan, packed.query_starts), sequences, 0)
         if shape.decode:
             host["query_starts"][: sequences + 1] = np.arange(sequences + 1)
         else:
-            _put(host["query_starts"], starts, sequences + 1, total)
-        _put(host["kv_lengths"], first + counts, sequences, 1)
+            _put(host["query_starts"], packed.query_starts, sequences + 1, total)
+        _put(host["kv_lengths"], packed.kv_lengths, sequences, 1)
         if shape.lora:
             slots = np.full(tokens, -1, dtype=np.int32)
-            slots[:total] = np.repeat(np.fromiter((row.slot for row in rows), dtype=np.int32, count=used), counts)
+            slots[:total] = packed.token_slots
             _, order, segment_slots, segment_starts = lora_segments(slots)
             host["token_slots"][:tokens] = slots
             host["order"][:tokens] = order
             _put(host["segment_slots"], segment_slots, self._max_segments, -1)
             _put(host["segment_starts"], segment_starts, self._max_segments + 1, tokens)
+        host["table"][: used * width] = packed.page_tables.reshape(-1)
         end = self._spans["table"][0] + used * width * 4
         self._device_buffer[:end].copy_(self._ring[turn][:end], non_blocking=True)
+        # Columns past `width` keep what an earlier batch left there: nothing reads past a sequence's length.
         self._table[:used, :width].copy_(self._views["table"][: used * width].view(used, width))
         if used < sequences and shape.decode:
             self._table[used:sequences, :1].zero_()
-        event = torch.cuda.Event()
-        event.record()
-        self._events[turn] = event
+        if self._device_buffer.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._events[turn] = event
 
-    def _host_view(self, buffer: Tensor, name: str) -> np.ndarray:
+    def _sequences(self, shape: BatchShape) -> int:
+        return shape.tokens if shape.decode else self._max_sequences
+
+    def _host_view(self, buffer: Tensor, name: str) -> Array:
         begin, count, width = self._spans[name]
         return buffer.numpy()[begin : begin + count * width].view(np.int64 if width == 8 else np.int32)
 
@@ -172,7 +168,7 @@ class StaticBatch:
         return self._device_buffer[begin : begin + count * width].view(torch.int64 if width == 8 else torch.int32)
 
 
-def _put(target: np.ndarray, values: object, size: int, padding: int) -> None:
-    array = np.asarray(values)
-    target[: len(array)] = array
-    target[len(array) : size] = padding
+def _put(target: Array, values: Array, size: int, padding: int) -> None:
+    """Write values to the front of a buffer and fill it up to `size`."""
+    target[: len(values)] = values
+    target[len(values) : size] = padding

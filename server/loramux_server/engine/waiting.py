@@ -16,6 +16,8 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._queues: dict[str, list[Request]] = {}
         self._size = 0
+        self.changes = 0
+        """Counts every push and remove."""
 
     def __len__(self) -> int:
         """Number of waiting requests."""
@@ -30,6 +32,7 @@ class WaitingQueue:
         """Enter a request."""
         bisect.insort(self._queues.setdefault(request.add.fairness_key, []), request, key=_rank)
         self._size += 1
+        self.changes += 1
 
     def remove(self, request: Request) -> None:
         """Take a waiting request out."""
@@ -39,6 +42,7 @@ class WaitingQueue:
         assert queue[index] is request, "a waiting request lost its place"
         del queue[index]
         self._size -= 1
+        self.changes += 1
         if not queue:
             del self._queues[key]
 

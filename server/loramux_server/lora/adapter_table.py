@@ -1,9 +1,11 @@
 """The adapter table of this replica: what requests are resolved from, in memory, and what the engine is told.
 
 It follows the registry change by change (`apply`), in order of revision, and pushes the difference to the engine at
-once. It also knows where versions are resident and which of them drain. Used on the event loop only; nothing waits.
+once. It also knows where versions are resident and which of them drain. Used on the event loop only; only `reaches`
+waits.
 """
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -52,6 +54,7 @@ class AdapterTable:
         self._publish = publish
         self._tenants: Mapping[str, Tenant] = {}
         self._residency: dict[str, Residency] = {}
+        self._moved = asyncio.Event()
         self.revision = 0
         self.adapters: dict[tuple[str, str], AdapterState] = {}
         self.draining: set[str] = set()
@@ -61,6 +64,16 @@ class AdapterTable:
         self.revision = snapshot.revision
         self.adapters = dict(snapshot.adapters)
         self._tenants = snapshot.tenants
+
+    async def reaches(self, revision: int, seconds: float) -> bool:
+        """Wait at most so long until this table shows a revision; returns whether it does."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self.revision < revision:
+                    await self._moved.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def tenant(self, name: str) -> Tenant:
         """Return a tenant.
@@ -136,6 +149,8 @@ class AdapterTable:
         else:
             self.adapters[where] = new
         self.revision = max(self.revision, change.revision)
+        self._moved.set()
+        self._moved = asyncio.Event()
         before, after = _ready(old), _ready(new)
         for key in after.keys() - before.keys():
             self.draining.discard(key)

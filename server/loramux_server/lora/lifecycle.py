@@ -6,6 +6,7 @@ engine process to the registry's state. Everything here runs on the event loop; 
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -14,19 +15,20 @@ from typing import Any, TypeVar
 
 from loramux_server.engine.messages import Command, VersionState
 from loramux_server.errors import InvalidRequest, LoramuxServerError, Reason, Unavailable
+from loramux_server.lora import placement
 from loramux_server.lora.adapter_table import AdapterTable, check_owner, ready_version
 from loramux_server.lora.engine_link import EngineLink
 from loramux_server.lora.upload_request import UploadLimits, UploadRequest
-from loramux_server.lora.uploads import AdapterValidator, Upload, UploadSession, UploadSessions, ValidatedAdapter
+from loramux_server.lora.upload_session import Upload, UploadSession, ValidatedAdapter
+from loramux_server.lora.uploads import AdapterValidator, UploadSessions
 from loramux_server.lora.watch import HEARTBEAT_SECONDS, WatchHub
 from loramux_server.tenancy.changes import Change, Deletion
 from loramux_server.tenancy.idempotency import IdempotencyKey
-from loramux_server.tenancy.names import AdapterReference, split_version_key
+from loramux_server.tenancy.names import AdapterReference
 from loramux_server.tenancy.records import (
     AdapterRecord,
     AdapterState,
     FileRecord,
-    NewVersion,
     TargetRecord,
     VersionRecord,
 )
@@ -78,12 +80,13 @@ class AdapterLifecycle:
         )
         self._order = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._unloading: dict[str, asyncio.Task[None]] = {}
         self.watches = WatchHub(lambda: self.table.adapters, lambda: self.table.revision, heartbeat=heartbeat)
         self.table = AdapterTable(engine, store.path, self.watches.publish, clock=clock)
 
     async def start(self) -> None:
         """Settle what the last run left and read the snapshot."""
-        await asyncio.to_thread(self._recover)
+        await asyncio.to_thread(placement.recover, self.registry, self._store)
         await asyncio.to_thread(self.registry.ensure_tenant, DEFAULT_TENANT)
         self.table.load(await asyncio.to_thread(self.registry.snapshot))
         self._spawn(self._sweep())
@@ -163,7 +166,7 @@ class AdapterLifecycle:
         state = self.table.state_of(tenant, reference)
         versions = list(state.versions) if reference.version is None else [ready_version(state, reference)]
         resident = [version for version in versions if self.table.is_resident(version.key)]
-        work = [self._spawn(self._unload(version.key)) for version in resident]
+        work = [self._begin_unload(version.key) for version in resident]
         if work:
             done, _ = await asyncio.wait(work, timeout=self._unload_wait)
             for task in done:
@@ -279,8 +282,8 @@ class AdapterLifecycle:
                 return replayed
 
         async def commit(session: UploadSession, validated: ValidatedAdapter) -> VersionRecord:
-            change = await self._commit(lambda: self._commit_upload(session, validated, key))
-            return change.result
+            place = functools.partial(placement.commit_upload, self.registry, self._store, session, validated, key)
+            return (await self._commit(place)).result
 
         return await self._uploads.finish(tenant, upload_id, commit)
 
@@ -289,6 +292,14 @@ class AdapterLifecycle:
     async def _preload(self, key: str) -> None:
         await self._engine.preload(key)
         self.table.note_preloaded(key)
+
+    def _begin_unload(self, key: str) -> "asyncio.Task[None]":
+        """Begin an unload, or join the one that waits for running requests: repeated calls must not pile up."""
+        task = self._unloading.get(key)
+        if task is None:
+            task = self._unloading[key] = self._spawn(self._unload(key))
+            task.add_done_callback(lambda _: self._unloading.pop(key, None))
+        return task
 
     async def _unload(self, key: str) -> None:
         await self._engine.unload(key)
@@ -317,60 +328,14 @@ class AdapterLifecycle:
 
         return await asyncio.shield(self._spawn(run()))
 
-    def _commit_upload(
-        self, session: UploadSession, validated: ValidatedAdapter, key: IdempotencyKey | None
-    ) -> Change[VersionRecord]:
-        """Place the directory into the store, then commit the row. Blocks."""
-        tenant, adapter, digest = session.tenant, session.request.adapter, validated.digest
-        files = session.file_records()
-        labels = session.request.labels
-        self.registry.check_room(tenant, adapter, digest, labels)
-        in_use = self.registry.begin_object(tenant, digest)
-        try:
-            self._store.place(tenant, digest, session.directory, in_use=in_use)
-            change = self.registry.commit_version(
-                NewVersion(
-                    tenant=tenant,
-                    adapter=adapter,
-                    digest=digest,
-                    files=files,
-                    max_rank=validated.rank,
-                    modules=tuple(validated.modules),
-                    slab_units=validated.rank_units,
-                    tensor_bytes=validated.tensor_bytes,
-                    base_fingerprint=validated.base_fingerprint,
-                    base_verified=validated.base_verified,
-                ),
-                labels=labels,
-                key=key,
-            )
-        except LoramuxServerError:
-            # The client may finish again, so the bytes go back to where its upload has them.
-            if not in_use:
-                self._store.take_back(tenant, digest, session.directory)
-            self.registry.abandon_object(tenant, digest)
-            raise
-        self._store.discard_upload(session.directory)
-        return change
-
     async def _finish_drain(self, key: str) -> None:
         async with self._order:
             if key in self.table.draining:
                 try:
-                    await asyncio.to_thread(self._remove_drained, key)
+                    await asyncio.to_thread(placement.remove_drained, self.registry, self._store, key)
                 except Unavailable:
                     _log.warning("a deleted version stays in the store until the next start", exc_info=True)
                 self.table.draining.discard(key)
-
-    def _remove_drained(self, key: str) -> None:
-        tenant, adapter, digest = split_version_key(key)
-        if self.registry.finish_drain(tenant, adapter, digest):
-            self._store.remove(tenant, digest)
-
-    def _recover(self) -> None:
-        for tenant, digest in self.registry.recover():
-            self._store.remove(tenant, digest)
-        self.registry.forget_objects()
 
     def _find_tensors(self, tenant: str, file: FileRecord) -> Path | None:
         digest = self.registry.find_tensors(tenant, file)
@@ -379,10 +344,7 @@ class AdapterLifecycle:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            try:
-                await self._uploads.expire()
-            except Unavailable:
-                _log.warning("an expired upload stays in the store until the next start", exc_info=True)
+            await self._uploads.expire()
 
     def _spawn(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         task = asyncio.create_task(work)

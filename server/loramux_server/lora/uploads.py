@@ -6,14 +6,13 @@ Names of files are ours: what a caller calls its file is compared, never used.
 """
 
 import asyncio
+import functools
 import hashlib
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -25,51 +24,14 @@ from loramux_server.errors import (
     NotFound,
     Reason,
     ResourceExhausted,
+    Unavailable,
 )
 from loramux_server.lora.upload_request import UploadLimits, UploadRequest
+from loramux_server.lora.upload_session import Upload, UploadSession, ValidatedAdapter
 from loramux_server.tenancy.records import FileRecord, VersionRecord
 from loramux_server.tenancy.store import LocalStore, store_errors
 
 _log = logging.getLogger(__name__)
-
-
-class ValidatedAdapter(Protocol):
-    """What validation found out about an adapter directory."""
-
-    @property
-    def digest(self) -> str:
-        """Version digest, 64 hexadecimal digits."""
-        ...
-
-    @property
-    def rank(self) -> int:
-        """Largest rank of any module."""
-        ...
-
-    @property
-    def rank_units(self) -> int:
-        """Units of 16 rank rows that it takes in the device slab."""
-        ...
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the linear modules that it changes, sorted."""
-        ...
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of its tensors."""
-        ...
-
-    @property
-    def base_fingerprint(self) -> str:
-        """Base that it was trained on; "" without a manifest."""
-        ...
-
-    @property
-    def base_verified(self) -> bool:
-        """Whether that is the served base."""
-        ...
 
 
 class AdapterValidator(Protocol):
@@ -84,67 +46,6 @@ class AdapterValidator(Protocol):
             LoramuxServerError: Anything else may pass on a retry.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upload:
-    """An upload as its owner sees it; sizes in bytes, times in Unix seconds."""
-
-    upload_id: str
-    tenant: str
-    adapter: str
-    committed_bytes: int
-    total_bytes: int
-    expire_time: float
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class UploadSession:
-    """State of one upload. `lock` guards the file, `committed` and `hasher`; everything else belongs to the event loop.
-
-    Attributes:
-        upload_id: Minted here.
-        tenant: Owner.
-        request: What was announced.
-        directory: In the store's upload area.
-        expire_time: Unix seconds.
-        committed: Bytes written and hashed.
-        hasher: sha256 over those.
-        linked: The bytes came from a version of the same tenant; their digest was checked then.
-        closed: The directory is gone or handed over.
-        task: Validation and commit, once `finish` was called.
-        version: The outcome, if it became one.
-        failure: The outcome, if it was refused for good.
-    """
-
-    upload_id: str
-    tenant: str
-    request: UploadRequest
-    directory: Path
-    expire_time: float
-    committed: int = 0
-    hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)
-    linked: bool = False
-    closed: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    task: "asyncio.Task[VersionRecord | LoramuxServerError] | None" = None
-    version: VersionRecord | None = None
-    failure: LoramuxServerError | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether the outcome is known."""
-        return self.version is not None or self.failure is not None
-
-    def file_records(self) -> tuple[FileRecord, ...]:
-        """The files of the version, sorted by name."""
-        inline = {CONFIG_NAME: self.request.config, MANIFEST_NAME: self.request.manifest}
-        records = [
-            FileRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-            for name, data in inline.items()
-            if data is not None
-        ]
-        return tuple(sorted([*records, self.request.tensors], key=lambda record: record.name))
 
 
 Commit = Callable[[UploadSession, ValidatedAdapter], Awaitable[VersionRecord]]
@@ -190,24 +91,18 @@ class UploadSessions:
             Unavailable: STORE_UNAVAILABLE.
         """
         await self.expire()
-        for session in self._sessions.values():
-            if session.tenant == tenant and session.request == request and not session.ended:
-                return self._view(session)
-        # The place is taken before the first await, so that concurrent starts cannot pass the quota together.
-        session = UploadSession(
-            upload_id=secrets.token_hex(16),
-            tenant=tenant,
-            request=request,
-            directory=Path(),
-            expire_time=self._clock() + self._limits.lifetime,
+        found = next(
+            (
+                item
+                for item in self._sessions.values()
+                if item.tenant == tenant and item.request == request and not item.ended
+            ),
+            None,
         )
-        self._check_quota(tenant, request)
-        self._sessions[session.upload_id] = session
-        try:
-            await asyncio.to_thread(self._open, session)
-        except BaseException:
-            self._sessions.pop(session.upload_id, None)
-            raise
+        session = found or self._begin(tenant, request)
+        assert session.opening is not None, "a session opens before anyone sees it"
+        # A caller that leaves meanwhile leaves a whole upload behind, which counts and expires like any other.
+        await asyncio.shield(session.opening)
         return self._view(session)
 
     async def write(self, tenant: str, upload_id: str, offset: int, data: bytes) -> Upload:
@@ -261,14 +156,15 @@ class UploadSessions:
         if session.version is not None:
             return session.version
         if session.failure is not None:
-            raise session.failure
+            # Kept for every later call: without this its traceback would grow by the frames of each.
+            raise session.failure.with_traceback(None)
         if session.task is None:
             self._check_complete(session)
             session.task = asyncio.create_task(self._conclude(session, commit))
             session.task.add_done_callback(_log_bug)
         outcome = await asyncio.shield(session.task)
         if isinstance(outcome, LoramuxServerError):
-            raise outcome
+            raise outcome.with_traceback(None)
         return outcome
 
     async def expire(self) -> None:
@@ -277,7 +173,11 @@ class UploadSessions:
         for session in list(self._sessions.values()):
             if now >= session.expire_time and (session.task is None or session.task.done()):
                 self._sessions.pop(session.upload_id, None)
-                await asyncio.to_thread(self._discard, session)
+                try:
+                    await asyncio.to_thread(self._discard, session)
+                except Unavailable:
+                    # Whoever calls meanwhile has nothing to do with it.
+                    _log.warning("an expired upload stays in the store until the next start", exc_info=True)
 
     async def close(self) -> None:
         """Stop validations and drop every session."""
@@ -285,6 +185,8 @@ class UploadSessions:
             if session.task is not None:
                 session.task.cancel()
                 await asyncio.wait([session.task])
+            if session.opening is not None:
+                await asyncio.wait([session.opening])
             await asyncio.to_thread(self._discard, session)
         self._sessions.clear()
 
@@ -296,13 +198,29 @@ class UploadSessions:
 
     # --- internals -------------------------------------------------------------------------------------------------
 
+    def _begin(self, tenant: str, request: UploadRequest) -> UploadSession:
+        """Take a place, without an await, so that concurrent starts cannot pass the quota together; then open."""
+        self._check_quota(tenant, request)
+        session = UploadSession(
+            upload_id=secrets.token_hex(16),
+            tenant=tenant,
+            request=request,
+            directory=Path(),
+            expire_time=self._clock() + self._limits.lifetime,
+        )
+        self._sessions[session.upload_id] = session
+        session.opening = asyncio.ensure_future(asyncio.to_thread(self._open, session))
+        session.opening.add_done_callback(functools.partial(self._opened, session))
+        return session
+
+    def _opened(self, session: UploadSession, opening: "asyncio.Future[None]") -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            self._sessions.pop(session.upload_id, None)
+
     def _find(self, tenant: str, upload_id: str) -> UploadSession:
         session = self._sessions.get(upload_id)
         if session is None or session.tenant != tenant:
-            raise NotFound(
-                Reason.UPLOAD_NOT_FOUND,
-                "upload_id is not known to this tenant, or its hour is over; start the upload again",
-            )
+            raise _not_found()
         return session
 
     def _view(self, session: UploadSession) -> Upload:
@@ -340,8 +258,15 @@ class UploadSessions:
             del self._sessions[item.upload_id]
 
     def _open(self, session: UploadSession) -> None:
-        request = session.request
         session.directory = self._store.new_upload()
+        try:
+            self._fill(session)
+        except BaseException:
+            self._discard(session)
+            raise
+
+    def _fill(self, session: UploadSession) -> None:
+        request = session.request
         with store_errors():
             (session.directory / CONFIG_NAME).write_bytes(request.config)
             if request.manifest is not None:
@@ -363,7 +288,9 @@ class UploadSessions:
     def _append(self, session: UploadSession, offset: int, data: bytes) -> None:
         with session.lock:
             total = session.request.tensors.size
-            if offset != session.committed or session.closed:
+            if session.closed:
+                raise _not_found()
+            if offset != session.committed:
                 raise InvalidRequest(
                     Reason.INVALID_PARAMETER,
                     f"offset is {offset}, the upload has {session.committed} bytes; go on from there",
@@ -432,6 +359,13 @@ class UploadSessions:
             if not session.closed and session.directory != Path():
                 self._store.discard_upload(session.directory)
             session.closed = True
+
+
+def _not_found() -> NotFound:
+    return NotFound(
+        Reason.UPLOAD_NOT_FOUND,
+        "upload_id is not known to this tenant, or its hour is over; start the upload again",
+    )
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

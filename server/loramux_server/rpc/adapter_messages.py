@@ -9,7 +9,7 @@ from loramux.v1 import common_pb2
 from loramux_server.errors import InvalidRequest, NotServedYet, Reason
 from loramux_server.lora import watch
 from loramux_server.lora.engine_link import Residency
-from loramux_server.lora.uploads import Upload
+from loramux_server.lora.upload_session import Upload
 from loramux_server.tenancy.names import (
     SHORT_DIGITS,
     AdapterReference,
@@ -23,6 +23,7 @@ from loramux_server.tenancy.records import AdapterRecord, AdapterState, FileReco
 
 MOST_TARGETS = 16
 LARGEST_WEIGHT = 10_000
+_MOST_ENTRIES = 16
 
 _STATES: "Mapping[VersionState, pb.AdapterVersionState.ValueType]" = {
     VersionState.READY: pb.ADAPTER_VERSION_STATE_READY,
@@ -114,7 +115,12 @@ def upload_message(upload: Upload, adapter_name: str, replica_id: str) -> pb.Ada
 
 
 def file_records(files: Sequence[pb.AdapterFile]) -> tuple[FileRecord, ...]:
-    """Take the files of a request; their names and digests are checked by `check_upload_request`."""
+    """Take the files of a request; their names and digests are checked by `check_upload_request`.
+
+    Raises:
+        InvalidRequest: There are far too many.
+    """
+    _check_count("files", len(files), "list exactly adapter_model.safetensors")
     return tuple(FileRecord(name=file.name, size=file.size, sha256=file.sha256) for file in files)
 
 
@@ -124,6 +130,7 @@ def version_states(states: "Sequence[pb.AdapterVersionState.ValueType]") -> tupl
     Raises:
         InvalidRequest: A state is unknown.
     """
+    _check_count("states", len(states), f"name each of the states once, {_MOST_ENTRIES} at most")
     if not states:
         return (VersionState.READY, VersionState.DRAINING)
     known = set(pb.AdapterVersionState.values()) - {pb.ADAPTER_VERSION_STATE_UNSPECIFIED}
@@ -146,7 +153,8 @@ def update_fields(paths: Sequence[str]) -> frozenset[str]:
         raise InvalidRequest(
             Reason.INVALID_PARAMETER, "update_mask is empty; name traffic, labels or both", field="update_mask"
         )
-    for path in paths[:16]:
+    _check_count("update_mask", len(paths), "name traffic, labels or both")
+    for path in paths:
         if path == "pin":
             raise not_served("UpdateAdapter with update_mask 'pin'", "update_mask")
         if path not in ("traffic", "labels"):
@@ -237,6 +245,12 @@ def watch_message(
         case watch.Beat():
             message.heartbeat.SetInParent()
     return message
+
+
+def _check_count(field: str, count: int, way_out: str) -> None:
+    """Bound a list before anything is made of its entries."""
+    if count > _MOST_ENTRIES:
+        raise InvalidRequest(Reason.INVALID_PARAMETER, f"{field} has {count} entries; {way_out}", field=field)
 
 
 def not_served(what: str, field: str | None = None) -> NotServedYet:

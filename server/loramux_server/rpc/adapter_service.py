@@ -12,13 +12,14 @@ from google.protobuf.message import Message
 
 from loramux.v1 import adapter_pb2 as pb
 from loramux.v1 import common_pb2
-from loramux_server.errors import InvalidRequest, LoramuxServerError, Reason
+from loramux_server.errors import InvalidRequest, Reason
 from loramux_server.lora.adapter_table import check_owner
 from loramux_server.lora.lifecycle import AdapterLifecycle
 from loramux_server.lora.upload_request import check_labels, check_upload_request
-from loramux_server.lora.uploads import Upload
+from loramux_server.lora.upload_session import Upload
 from loramux_server.rpc import adapter_messages as messages
 from loramux_server.rpc.call import Call, Method
+from loramux_server.rpc.limits import MAX_MESSAGE_BYTES
 from loramux_server.tenancy.idempotency import IdempotencyKey, check_key
 from loramux_server.tenancy.names import AdapterReference, adapter_name, parse_adapter, parse_reference, parse_version
 from loramux_server.tenancy.paging import check_page_size, make_token, read_number, read_token
@@ -26,7 +27,6 @@ from loramux_server.tenancy.records import VersionRecord
 
 SERVICE = "loramux.v1.AdapterService"
 _LONGEST_PREFIX = 63
-_MOST_DRAINED = 65_536
 
 
 class AdapterService:
@@ -44,7 +44,6 @@ class AdapterService:
     def methods(self) -> Mapping[str, Method]:
         """List the handlers by full method name."""
         unary: dict[str, tuple[type[Message], Callable[[Any, Call], Any]]] = {
-            "StartAdapterUpload": (pb.StartAdapterUploadRequest, self.StartAdapterUpload),
             "GetAdapterUpload": (pb.GetAdapterUploadRequest, self.GetAdapterUpload),
             "FinishAdapterUpload": (pb.FinishAdapterUploadRequest, self.FinishAdapterUpload),
             "GetAdapter": (pb.GetAdapterRequest, self.GetAdapter),
@@ -66,8 +65,17 @@ class AdapterService:
                 f"/{SERVICE}/{name}": Method(request_type=request_type, handler=handler, kind="unary_unary")
                 for name, (request_type, handler) in unary.items()
             },
+            f"/{SERVICE}/StartAdapterUpload": Method(
+                request_type=pb.StartAdapterUploadRequest,
+                handler=self.StartAdapterUpload,
+                kind="unary_unary",
+                max_bytes=2 * 1024 * 1024,
+            ),
             f"/{SERVICE}/WriteAdapterUpload": Method(
-                request_type=pb.WriteAdapterUploadRequest, handler=self.WriteAdapterUpload, kind="stream_unary"
+                request_type=pb.WriteAdapterUploadRequest,
+                handler=self.WriteAdapterUpload,
+                kind="stream_unary",
+                max_bytes=MAX_MESSAGE_BYTES,
             ),
             f"/{SERVICE}/WatchAdapters": Method(
                 request_type=pb.WatchAdaptersRequest, handler=self.WatchAdapters, kind="unary_stream"
@@ -81,6 +89,7 @@ class AdapterService:
     ) -> pb.StartAdapterUploadResponse:
         """Open or resume an upload."""
         reference = _own_adapter(request.adapter, call, "adapter")
+        check_labels(request.labels, "labels")
         checked = check_upload_request(
             adapter=reference.adapter,
             config=request.adapter_config,
@@ -98,27 +107,17 @@ class AdapterService:
     ) -> pb.WriteAdapterUploadResponse:
         """Take the bytes of an upload.
 
-        The stream is read to its end, within bounds, also after a refusal: a status that comes while the client still
+        The pipeline reads what is left of the stream when this refuses: a status that comes while the client still
         writes reaches it as an internal error of the transport.
         """
         upload: Upload | None = None
         upload_id = ""
-        try:
-            async for request in requests:
-                if not upload_id:
-                    upload_id = request.upload_id
-                elif request.upload_id not in ("", upload_id):
-                    raise InvalidRequest(
-                        Reason.INVALID_PARAMETER, "upload_id changes within the stream", field="upload_id"
-                    )
-                upload = await self._lifecycle.write_upload(call.tenant, upload_id, request.offset, request.data)
-        except LoramuxServerError:
-            drained = 0
-            async for _ in requests:
-                drained += 1
-                if drained >= _MOST_DRAINED:
-                    break
-            raise
+        async for request in requests:
+            if not upload_id:
+                upload_id = request.upload_id
+            elif request.upload_id not in ("", upload_id):
+                raise InvalidRequest(Reason.INVALID_PARAMETER, "upload_id changes within the stream", field="upload_id")
+            upload = await self._lifecycle.write_upload(call.tenant, upload_id, request.offset, request.data)
         if upload is None:
             raise InvalidRequest(
                 Reason.INVALID_PARAMETER,
@@ -151,8 +150,8 @@ class AdapterService:
         if request.include_granted:
             raise messages.not_served("ListAdapters with include_granted", "include_granted")
         _check_prefix(request.name_prefix)
+        check_labels(request.labels, "labels")
         labels = dict(request.labels)
-        check_labels(labels, "labels")
         size = check_page_size(request.page_size if request.HasField("page_size") else None)
         query = ("ListAdapters", call.tenant, request.name_prefix, *(f"{k}={v}" for k, v in sorted(labels.items())))
         records, revision = await asyncio.to_thread(
@@ -223,9 +222,10 @@ class AdapterService:
         """Change traffic, labels or both."""
         fields = messages.update_fields(request.update_mask.paths)
         reference = _own_adapter(request.adapter.name, call, "adapter.name")
-        labels = dict(request.adapter.labels) if "labels" in fields else None
-        if labels is not None:
-            check_labels(labels, "adapter.labels")
+        labels = None
+        if "labels" in fields:
+            check_labels(request.adapter.labels, "adapter.labels")
+            labels = dict(request.adapter.labels)
         record = await self._lifecycle.update(
             call.tenant,
             reference,

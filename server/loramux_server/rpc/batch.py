@@ -19,12 +19,11 @@ from loramux_server.rpc.call import Call
 from loramux_server.rpc.generation import Generation
 from loramux_server.rpc.limits import Limits
 from loramux_server.rpc.status import to_status
-from loramux_server.rpc.validate import invalid
+from loramux_server.rpc.validate import check_duration, invalid
 
 _log = logging.getLogger(__name__)
 
 _BUFFERED_EVENTS = 64
-_MAX_TIMEOUT_S = 86_400.0
 
 Run = Callable[[Generation], AsyncGenerator[pb.GenerateResponse, None]]
 
@@ -79,6 +78,8 @@ class BatchGeneration:
         self._start = start
         self._pin = pin
         self._pinned: dict[str | None, ResolvedAdapter] = {}
+        # One item a turn of the event loop: a window of prompts tokenized in one turn would stop everybody else.
+        self._accepting = asyncio.Lock()
         self._items: deque[tuple[int, pb.BatchGenerateItem]] = deque()
         self._buffer: asyncio.Queue[pb.BatchGenerateResponse | None] = asyncio.Queue(_BUFFERED_EVENTS)
 
@@ -141,14 +142,15 @@ class BatchGeneration:
         ticket = await self._gate.enter_when_calm()
         try:
             async with asyncio.timeout(timeout):
-                generation = await self._start(
-                    item.request,
-                    self._call,
-                    ticket=ticket,
-                    pinned=self._pinned,
-                    prefix=prefix,
-                    time_limit=timeout,
-                )
+                async with self._accepting:
+                    generation = await self._start(
+                        item.request,
+                        self._call,
+                        ticket=ticket,
+                        pinned=self._pinned,
+                        prefix=prefix,
+                        time_limit=timeout,
+                    )
                 events = run(generation)
                 try:
                     async for event in events:
@@ -179,7 +181,4 @@ def _checked(request: pb.BatchGenerateRequest, limits: Limits) -> Iterator[tuple
 def _timeout(position: int, item: pb.BatchGenerateItem) -> float | None:
     if not item.HasField("timeout"):
         return None
-    seconds = item.timeout.seconds + item.timeout.nanos / 1e9
-    if not 0 < seconds <= _MAX_TIMEOUT_S:
-        raise invalid(f"items[{position}].timeout", f"is {seconds:g} s", f"use above 0 s, at most {_MAX_TIMEOUT_S:g} s")
-    return seconds
+    return check_duration(f"items[{position}].timeout", item.timeout)

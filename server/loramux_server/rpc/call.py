@@ -40,8 +40,11 @@ class Method:
             async iterator of responses. `stream_unary`: coroutine function (async iterator of requests, call) ->
             response.
         kind: Arity of the RPC.
+        max_bytes: Of one request message. Parsing happens on the event loop, and a message of many tiny parts takes
+            long, so each RPC takes what it has a use for.
     """
 
     request_type: type[Message]
     handler: Callable[[Any, Call], Any]
     kind: MethodKind
+    max_bytes: int = 64 * 1024

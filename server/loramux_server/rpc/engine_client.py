@@ -9,56 +9,48 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from loramux_server.engine import messages as wire
-from loramux_server.engine.frames import FrameDecoder, FrameError, encode_frame
+from loramux_server.engine.frames import encode_frame
 from loramux_server.errors import Internal, LoramuxServerError, Reason, Unavailable, from_reason
+from loramux_server.rpc.frame_protocol import FrameProtocol
 from loramux_server.rpc.request_stream import RequestEvent, RequestStream
 
 _log = logging.getLogger(__name__)
 
 _MAX_FRAME_COMMANDS = 256
 _MAX_FRAME_TOKENS = 1_000_000
-
-
-def engine_unavailable(why: str, *, retry_after: float = 1.0) -> Unavailable:
-    """Return the error of every request that meets no engine."""
-    return Unavailable(Reason.ENGINE_UNAVAILABLE, f"{why}; retry in a moment", retry_after=retry_after)
-
-
-class _FrameProtocol(asyncio.Protocol):
-    """Splits the byte stream into frames."""
-
-    def __init__(self, on_frame: Callable[[wire.EventFrame], None], on_end: Callable[[str], None]) -> None:
-        self._on_frame = on_frame
-        self._on_end = on_end
-        self._frames = FrameDecoder(wire.EventFrame)
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for frame in self._frames.feed(data):
-                self._on_frame(frame)
-        except FrameError as error:
-            self._on_end(f"the engine broke the protocol: {error}")
-            if self.transport is not None:
-                self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._on_end("the engine closed its socket" if exc is None else f"the engine's socket failed: {exc}")
+_RETRY_AFTER_S = (1.0, 30.0)
+# Until an engine of this server has been ready once.
+_ASSUMED_START_S = 5.0
+# Silence is counted in checks and not by the clock alone: a front end that was itself stopped for a while finds the
+# frames of that time unread.
+_CHECKS = 4
 
 
 class EngineClient:
-    """The engine as handlers see it: submit, abort, stop, adapter table, and the newest `Stats`."""
+    """The engine as handlers see it: submit, abort, stop, adapter table, and the newest `Stats`.
 
-    def __init__(self) -> None:
-        """Create a client that is not attached to any engine."""
+    An engine with work in flight reports at least once a step. One that is silent for `hang_seconds` is taken for hung:
+    its epoch ends as if it had died, and `hung` tells the supervisor not to wait for its exit.
+    """
+
+    def __init__(self, *, hang_seconds: float = 120.0) -> None:
+        """Create a client that is not attached to any engine.
+
+        Args:
+            hang_seconds: See the class; longer than any step, a first one that compiles kernels included.
+        """
+        self.hung = False
+        self._hang_seconds = hang_seconds
+        self._silent_checks = 0
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._start_seconds = _ASSUMED_START_S
+        self._away_since = time.monotonic()
+        self._shutting_down = False
         self.ready: wire.Ready | None = None
         self.stats: wire.Stats | None = None
         self.on_version_state: Callable[[wire.VersionState], None] | None = None
@@ -66,7 +58,7 @@ class EngineClient:
         self._epoch = -1
         self._serving = False
         self._why_not = "the engine is starting"
-        self._protocol: _FrameProtocol | None = None
+        self._protocol: FrameProtocol | None = None
         self._lost: asyncio.Future[str] | None = None
         self._got_ready: asyncio.Future[wire.Ready] | None = None
         self._streams: dict[str, RequestStream] = {}
@@ -87,9 +79,10 @@ class EngineClient:
         assert self._protocol is None, "attach before detach"
         loop = asyncio.get_running_loop()
         self._epoch = epoch
+        self.hung = False
         self._lost = loop.create_future()
         self._got_ready = loop.create_future()
-        protocol = _FrameProtocol(self._on_frame, self._on_end)
+        protocol = FrameProtocol(self._on_frame, self._on_end)
         await loop.create_connection(lambda: protocol, sock=sock)
         self._protocol = protocol
 
@@ -120,6 +113,8 @@ class EngineClient:
         for command in resync:
             self.send(command)
         self._serving = True
+        self._start_seconds = time.monotonic() - self._away_since
+        self._watch()
 
     def detach(self, why: str) -> None:
         """End the epoch: close the socket and fail everything that waits.
@@ -129,26 +124,30 @@ class EngineClient:
         """
         self._serving = False
         self._why_not = why
+        self._away_since = time.monotonic()
         self.ready = None
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
         self.stats = None
         self._outbox.clear()
         if self._protocol is not None and self._protocol.transport is not None:
             self._protocol.transport.abort()
         self._protocol = None
-        error = engine_unavailable(why)
+        error = self.unavailable()
         for stream in list(self._streams.values()):
             stream.fail(error)
         self._streams.clear()
         self._waiting = 0
         for operation in self._operations.values():
             if not operation.done():
-                operation.set_exception(engine_unavailable(why))
+                operation.set_exception(self.unavailable())
         self._operations.clear()
 
     def shutdown(self) -> None:
         """Refuse requests from now on and ask the engine to end; `wait_lost` tells when it did."""
         self._serving = False
-        self._why_not = "the server is shutting down"
+        self._shutting_down = True
         if self._protocol is not None:
             self.send(wire.Shutdown())
 
@@ -176,7 +175,25 @@ class EngineClient:
             Unavailable: ENGINE_UNAVAILABLE.
         """
         if not self._serving:
-            raise engine_unavailable(self._why_not)
+            raise self.unavailable()
+
+    def unavailable(self, why: str | None = None) -> Unavailable:
+        """Return the error of a request that meets no engine; a retry is worth while when the next one is ready.
+
+        Args:
+            why: None = as things stand.
+        """
+        if self._shutting_down:
+            return Unavailable(
+                Reason.DRAINING, "this server is shutting down; use another replica", retry_after=_RETRY_AFTER_S[0]
+            )
+        least, most = _RETRY_AFTER_S
+        left = self._start_seconds - (time.monotonic() - self._away_since)
+        return Unavailable(
+            Reason.ENGINE_UNAVAILABLE,
+            f"{why or self._why_not}; retry in a moment",
+            retry_after=round(min(most, max(least, left)), 3),
+        )
 
     def submit(self, add: wire.Add) -> RequestStream:
         """Send a request.
@@ -192,6 +209,7 @@ class EngineClient:
         """
         self.check_serving()
         assert add.request_id not in self._streams, "request ids are unique"
+        self._note_work()
         stream = RequestStream(add.request_id)
         self._streams[add.request_id] = stream
         self._waiting += 1
@@ -265,6 +283,7 @@ class EngineClient:
     async def _operate(self, operation_id: str, command: wire.Command) -> None:
         self.check_serving()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._note_work()
         self._operations[operation_id] = waiter
         try:
             self.send(command)
@@ -275,6 +294,26 @@ class EngineClient:
     def _send_if_attached(self, command: wire.Command) -> None:
         if self._serving:
             self.send(command)
+
+    # --- watchdog --------------------------------------------------------------------------------------------------
+
+    def _note_work(self) -> None:
+        if not self._streams and not self._operations:
+            self._silent_checks = 0
+
+    def _watch(self) -> None:
+        self._watchdog = asyncio.get_running_loop().call_later(self._hang_seconds / _CHECKS, self._check_alive)
+
+    def _check_alive(self) -> None:
+        if self._streams or self._operations:
+            self._silent_checks += 1
+        else:
+            self._silent_checks = 0
+        if self._silent_checks > _CHECKS:
+            self.hung = True
+            self._on_end(f"the engine was silent for {self._hang_seconds:g} s with work in flight")
+        else:
+            self._watch()
 
     def _flush(self) -> None:
         self._flush_scheduled = False
@@ -294,6 +333,7 @@ class EngineClient:
         if frame.epoch != self._epoch:
             _log.warning("dropped a frame of epoch %d in epoch %d", frame.epoch, self._epoch)
             return
+        self._silent_checks = 0
         for event in frame.events:
             self._on_event(event)
 
@@ -332,7 +372,9 @@ def error_of(spec: wire.ErrorSpec | None) -> LoramuxServerError:
     """Rebuild the error of a failed request; a failure without one is a bug of the engine."""
     if spec is None:
         return Internal(Reason.INTERNAL, "the engine failed the request without a reason")
-    return from_reason(spec.reason, spec.message, retry_after=spec.retry_after)
+    error = from_reason(spec.reason, spec.message, retry_after=spec.retry_after)
+    error.field = spec.field or None
+    return error
 
 
 def _frame_length(commands: Sequence[wire.Command]) -> int:

@@ -4,7 +4,7 @@ Every accepted request ends in exactly one way: `Usage` after all `Finished`, or
 exception or by closing the iterator, aborts it in the engine.
 """
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,7 +13,7 @@ from loramux.v1 import generation_pb2 as pb
 from loramux_server.engine import messages as wire
 from loramux_server.errors import Internal, LoramuxServerError, Reason
 from loramux_server.rpc.admission import Ticket
-from loramux_server.rpc.engine_client import EngineClient, engine_unavailable, error_of
+from loramux_server.rpc.engine_client import EngineClient, error_of
 from loramux_server.rpc.request_stream import RequestStream
 from loramux_server.rpc.sequence_output import OutputPiece, SequenceOutput
 from loramux_server.telemetry.generation import GenerationRecord
@@ -23,8 +23,8 @@ _REASONS = {
     "length": pb.FINISH_REASON_LENGTH,
     "time_limit": pb.FINISH_REASON_TIME_LIMIT,
 }
-# 1,024 positions with 20 alternatives each stay below 1 MiB.
-_MAX_DELTA_POSITIONS = 1024
+# Positions with 20 alternatives each in one message: the event loop goes on to others between two messages.
+_MAX_POSITIONS = 256
 
 TokenBytes = Callable[[int], bytes]
 
@@ -89,6 +89,11 @@ class Generation:
         """Whether the engine admitted it."""
         return self._stream is not None and self._stream.started
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended; its reader may still have events to take when it has."""
+        return self._stream is None or not self._stream.done
+
     def cancel(self) -> None:
         """End it from outside: its reader gets `Finished` with reason CANCELLED and `Usage`."""
         self._cancelled = True
@@ -123,7 +128,8 @@ class Generation:
 
     # --- engine event -> responses ---------------------------------------------------------------------------------
 
-    def _responses(self, event: object) -> "list[pb.GenerateResponse]":
+    def _responses(self, event: object) -> Iterable[pb.GenerateResponse]:
+        """Make the responses to one event, those with log-probabilities one by one as they are asked for."""
         if isinstance(event, wire.Tokens):
             return self._on_tokens(event)
         if isinstance(event, wire.SequenceFinished):
@@ -131,7 +137,7 @@ class Generation:
         if isinstance(event, wire.Started):
             return [self._on_started(event)]
         if isinstance(event, wire.PromptLogprobs):
-            return [self._on_prompt_logprobs(event)]
+            return self._on_prompt_logprobs(event)
         assert isinstance(event, wire.Done)
         return self._on_done(event)
 
@@ -161,35 +167,38 @@ class Generation:
             )
         return pb.GenerateResponse(started=started)
 
-    def _on_prompt_logprobs(self, event: wire.PromptLogprobs) -> pb.GenerateResponse:
+    def _on_prompt_logprobs(self, event: wire.PromptLogprobs) -> Iterator[pb.GenerateResponse]:
         prompt = self.add.prompt_token_ids
         chunk = pb.PromptLogprobs(offset=event.start)
         if event.start == 1:
             chunk.offset = 0
             chunk.positions.add(token=self._token(prompt[0], None))
         for position, entry in enumerate(event.entries, start=event.start):
+            if len(chunk.positions) >= _MAX_POSITIONS:
+                yield pb.GenerateResponse(prompt_logprobs=chunk)
+                chunk = pb.PromptLogprobs(offset=position)
             logprob = None if position == 0 else entry.logprob
             chunk.positions.append(self._position(prompt[position], logprob, entry.top if position else ()))
-        return pb.GenerateResponse(prompt_logprobs=chunk)
+        yield pb.GenerateResponse(prompt_logprobs=chunk)
 
-    def _on_tokens(self, event: wire.Tokens) -> list[pb.GenerateResponse]:
+    def _on_tokens(self, event: wire.Tokens) -> Iterator[pb.GenerateResponse]:
         output = self._outputs[event.index]
         if output.finished:
-            return []
+            return
         self._record.tokens(len(event.token_ids))
         piece = output.push(event.token_ids, event.logprobs)
-        responses = self._deltas(event.index, piece)
         if piece.matched is not None:
             self._engine.send(wire.Stop(request_id=self.generation_id, index=event.index, tokens=output.tokens))
-            responses.append(self._finished(event.index, pb.FINISH_REASON_STOP, pb.MatchedStop(stop=piece.matched)))
-        return responses
+        yield from self._deltas(event.index, piece)
+        if piece.matched is not None:
+            yield self._finished(event.index, pb.FINISH_REASON_STOP, pb.MatchedStop(stop=piece.matched))
 
-    def _on_sequence_finished(self, event: wire.SequenceFinished) -> list[pb.GenerateResponse]:
+    def _on_sequence_finished(self, event: wire.SequenceFinished) -> Iterator[pb.GenerateResponse]:
         output = self._outputs[event.index]
         if output.finished:
-            return []
+            return
         piece = output.finish()
-        responses = self._deltas(event.index, piece)
+        yield from self._deltas(event.index, piece)
         matched: pb.MatchedStop | None = None
         reason = _REASONS[event.reason]
         if piece.matched is not None:
@@ -199,8 +208,7 @@ class Generation:
                 matched = pb.MatchedStop(stop_token_id=event.stop_token_id)
             else:
                 matched = pb.MatchedStop(eos_token_id=event.stop_token_id)
-        responses.append(self._finished(event.index, reason, matched))
-        return responses
+        yield self._finished(event.index, reason, matched)
 
     def _on_done(self, event: wire.Done) -> list[pb.GenerateResponse]:
         self._record.done(event)
@@ -209,7 +217,7 @@ class Generation:
         if event.status == "cancelled" and not self._cancelled:
             # The engine reports a passed deadline as a failure, so this is its own end.
             self._engine.check_serving()
-            raise engine_unavailable("the engine cancelled the request")
+            raise self._engine.unavailable("the engine cancelled the request")
         responses: list[pb.GenerateResponse] = []
         for index, output in enumerate(self._outputs):
             if output.finished:
@@ -227,21 +235,20 @@ class Generation:
         responses.append(pb.GenerateResponse(usage=usage))
         return responses
 
-    def _deltas(self, index: int, piece: OutputPiece) -> list[pb.GenerateResponse]:
+    def _deltas(self, index: int, piece: OutputPiece) -> Iterator[pb.GenerateResponse]:
         if not piece.text and not piece.token_ids:
-            return []
+            return
         if not piece.logprobs:
-            return [pb.GenerateResponse(delta=pb.Delta(index=index, text=piece.text, token_ids=piece.token_ids))]
-        deltas: list[pb.GenerateResponse] = []
-        for start in range(0, len(piece.token_ids), _MAX_DELTA_POSITIONS):
-            ids = piece.token_ids[start : start + _MAX_DELTA_POSITIONS]
-            entries = piece.logprobs[start : start + _MAX_DELTA_POSITIONS]
+            yield pb.GenerateResponse(delta=pb.Delta(index=index, text=piece.text, token_ids=piece.token_ids))
+            return
+        for start in range(0, len(piece.token_ids), _MAX_POSITIONS):
+            ids = piece.token_ids[start : start + _MAX_POSITIONS]
+            entries = piece.logprobs[start : start + _MAX_POSITIONS]
             positions = [
                 self._position(token_id, entry.logprob, entry.top) for token_id, entry in zip(ids, entries, strict=True)
             ]
             delta = pb.Delta(index=index, text="" if start else piece.text, token_ids=ids, logprobs=positions)
-            deltas.append(pb.GenerateResponse(delta=delta))
-        return deltas
+            yield pb.GenerateResponse(delta=delta)
 
     def _finished(
         self, index: int, reason: pb.FinishReason.ValueType, matched: pb.MatchedStop | None

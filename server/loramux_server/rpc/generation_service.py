@@ -16,7 +16,7 @@ from loramux_server.rpc.batch import BatchGeneration
 from loramux_server.rpc.call import Call, Method
 from loramux_server.rpc.engine_client import EngineClient
 from loramux_server.rpc.generation import Generation
-from loramux_server.rpc.limits import Limits
+from loramux_server.rpc.limits import MAX_MESSAGE_BYTES, Limits
 from loramux_server.rpc.prompt import PromptEncoder
 from loramux_server.rpc.sequence_output import SequenceOutput
 from loramux_server.rpc.tokenization import Tokenization
@@ -110,15 +110,29 @@ class GenerationService:
         """List the handlers by full method name."""
         tokenization = Tokenization(self._prompts, self._limits)
         return {
-            f"/{SERVICE}/Generate": Method(request_type=pb.GenerateRequest, handler=self.generate, kind="unary_stream"),
+            f"/{SERVICE}/Generate": Method(
+                request_type=pb.GenerateRequest,
+                handler=self.generate,
+                kind="unary_stream",
+                max_bytes=MAX_MESSAGE_BYTES,
+            ),
             f"/{SERVICE}/BatchGenerate": Method(
-                request_type=pb.BatchGenerateRequest, handler=self.batch_generate, kind="unary_stream"
+                request_type=pb.BatchGenerateRequest,
+                handler=self.batch_generate,
+                kind="unary_stream",
+                max_bytes=MAX_MESSAGE_BYTES,
             ),
             f"/{SERVICE}/Tokenize": Method(
-                request_type=pb.TokenizeRequest, handler=tokenization.tokenize, kind="unary_unary"
+                request_type=pb.TokenizeRequest,
+                handler=tokenization.tokenize,
+                kind="unary_unary",
+                max_bytes=MAX_MESSAGE_BYTES,
             ),
             f"/{SERVICE}/Detokenize": Method(
-                request_type=pb.DetokenizeRequest, handler=tokenization.detokenize, kind="unary_unary"
+                request_type=pb.DetokenizeRequest,
+                handler=tokenization.detokenize,
+                kind="unary_unary",
+                max_bytes=MAX_MESSAGE_BYTES,
             ),
             f"/{SERVICE}/CancelGeneration": Method(
                 request_type=pb.CancelGenerationRequest, handler=self.cancel_generation, kind="unary_unary"
@@ -297,7 +311,7 @@ class GenerationService:
                 "generation_id", f"has {len(request.generation_id)} characters", "use the one that Started carried"
             )
         generation = self._generations.get(request.generation_id)
-        found = generation is not None and generation.tenant == call.tenant
+        found = generation is not None and generation.tenant == call.tenant and generation.alive
         if generation is not None and found:
             generation.cancel()
         return pb.CancelGenerationResponse(cancelled=found, replica_id=self._replica_id)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
+MAX_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class Limits:
     max_output_tokens: int
     max_prompt_bytes: int = 1024 * 1024
     max_messages: int = 1024
-    max_sequences: int = 16
+    max_sequences: int = MAX_SEQUENCES
     max_logprobs: int = 20
     max_stop_strings: int = 16
     max_stop_bytes: int = 256

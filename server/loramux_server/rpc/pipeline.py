@@ -1,8 +1,9 @@
 """The one way into every RPC: bytes in, domain errors out as statuses, nothing else leaks.
 
 Handlers are registered on bytes and parse themselves, since a parse failure inside gRPC comes out as UNKNOWN with the
-name of a Python class. In order: correlation id, drain gate, authentication, tenant, parse, handler, status. Any
-exception that is not a domain error becomes INTERNAL with the correlation id; its stack goes to the log only.
+name of a Python class. In order: correlation id, drain gate, authentication, tenant, wait for a revision, parse,
+handler, status. Any exception that is not a domain error becomes INTERNAL with the correlation id; its stack goes to
+the log only.
 """
 
 import asyncio
@@ -16,7 +17,15 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from loramux_server.errors import Internal, InvalidRequest, LoramuxServerError, Reason, ResourceExhausted, Unavailable
+from loramux_server.errors import (
+    Expired,
+    Internal,
+    InvalidRequest,
+    LoramuxServerError,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+)
 from loramux_server.rpc.call import Call, Method
 from loramux_server.rpc.status import Trailers, code_of, to_status, trailers_of
 from loramux_server.telemetry.context import CORRELATION_ID, GENERATION_ID, correlation_id_from
@@ -28,7 +37,9 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 T = TypeVar("T")
 
 _DROP_SECONDS = 30.0
+_IDLE_SECONDS = 60.0
 _MAX_DROPPED = 65_536
+_SINGLE = ("authorization", "x-loramux-tenant")
 
 
 class Authorizer(Protocol):
@@ -39,6 +50,18 @@ class Authorizer(Protocol):
 
         Raises:
             LoramuxServerError: UNAUTHENTICATED or PERMISSION_DENIED.
+        """
+        ...
+
+
+class RevisionCheck(Protocol):
+    """Holds a call back until this replica is as new as the call asks."""
+
+    async def check(self, metadata: Mapping[str, str]) -> None:
+        """Wait, within bounds.
+
+        Raises:
+            LoramuxServerError: It cannot be waited for.
         """
         ...
 
@@ -85,6 +108,7 @@ class Pipeline(grpc.GenericRpcHandler):
         *,
         authorizer: Authorizer,
         observe: ObserveCall,
+        revisions: RevisionCheck | None = None,
         endless: frozenset[str] = frozenset(),
         slow_reader: SlowReader = SlowReader(),  # noqa: B008 - frozen
     ) -> None:
@@ -94,12 +118,14 @@ class Pipeline(grpc.GenericRpcHandler):
             methods: By full name, `/package.Service/Method`.
             authorizer: See `Authorizer`.
             observe: Called at the start of each RPC with method and text metadata.
+            revisions: Asked after authentication; None = calls never wait for a revision.
             endless: Methods whose streams never end by themselves; a drain ends them.
             slow_reader: Limits for response streams.
         """
         self._methods = dict(methods)
         self._authorizer = authorizer
         self._observe = observe
+        self._revisions = revisions
         self._slow_reader = slow_reader
         self._endless = endless
         self._running: dict[asyncio.Task[Any], str] = {}
@@ -176,7 +202,8 @@ class Pipeline(grpc.GenericRpcHandler):
     ) -> T:
         task = asyncio.current_task()
         assert task is not None
-        metadata = _text_metadata(context.invocation_metadata() or ())
+        received = tuple(context.invocation_metadata() or ())
+        metadata = _text_metadata(received)
         correlation_id = correlation_id_from(metadata.get("x-request-id"))
         CORRELATION_ID.set(correlation_id)
         GENERATION_ID.set("")
@@ -191,7 +218,10 @@ class Pipeline(grpc.GenericRpcHandler):
                 context.set_trailing_metadata(trailers)
                 if self._draining:
                     raise _draining()
+                _check_unrepeated(received)
                 acting = self._authorizer.authorize(name, metadata)
+                if self._revisions is not None:
+                    await self._revisions.check(metadata)
                 remaining = context.time_remaining()
                 call = Call(
                     tenant=acting.tenant,
@@ -221,7 +251,7 @@ class Pipeline(grpc.GenericRpcHandler):
             code, reason = code_of(error).name, error.reason.value
             _log.info("%s answered %s, %s", name, code, reason)
             status = to_status(error)
-            if requests is not None:
+            if requests is not None and not isinstance(error, Expired):
                 await _read_to_end(requests)
             await context.abort(code_of(error), status.message, trailers + trailers_of(status, error))
         finally:
@@ -311,11 +341,25 @@ def _text_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str
     return texts
 
 
+def _check_unrepeated(metadata: Iterable[tuple[str, str | bytes]]) -> None:
+    """Refuse metadata that says twice who calls or for whom: which of the values counts would be a guess."""
+    for name in _SINGLE:
+        count = sum(1 for key, _ in metadata if key == name)
+        if count > 1:
+            raise InvalidRequest(
+                Reason.INVALID_PARAMETER, f"metadata {name} is given {count} times; give it once", field=name
+            )
+
+
 def _parse(method: Method, request: bytes) -> Message:
+    name = method.request_type.DESCRIPTOR.full_name
+    if len(request) > method.max_bytes:
+        raise InvalidRequest(
+            Reason.INVALID_PARAMETER, f"the {name} has {len(request)} bytes; send at most {method.max_bytes}"
+        )
     try:
         return method.request_type.FromString(request)
     except DecodeError:
-        name = method.request_type.DESCRIPTOR.full_name
         raise InvalidRequest(
             Reason.INVALID_PARAMETER,
             f"the {len(request)} bytes of the request are not a {name}; build it from the published .proto files",
@@ -339,5 +383,15 @@ async def _read_to_end(requests: AsyncIterator[bytes]) -> None:
 
 
 async def _parse_each(method: Method, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-    async for request in requests:
+    stream = aiter(requests)
+    while True:
+        try:
+            async with asyncio.timeout(_IDLE_SECONDS):
+                request = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Expired(
+                Reason.DEADLINE_EXCEEDED, f"no message came for {_IDLE_SECONDS:g} s; send on, or call again"
+            ) from None
         yield _parse(method, request)

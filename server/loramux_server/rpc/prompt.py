@@ -9,11 +9,13 @@ from loramux.v1 import generation_pb2 as pb
 from loramux_base.template import ChatTemplate, TemplateError
 from loramux_server.errors import InvalidRequest, Reason, ResourceExhausted
 from loramux_server.rpc.validate import invalid
-from loramux_server.text.tokenizer import Tokenizer
+from loramux_server.text.control_tokens import ControlTokenError, ControlTokens
+from loramux_server.text.tokenizer import Encoding, Tokenizer
 
 T = TypeVar("T")
 
-_INLINE_BYTES = 4096
+# More than this takes too long for the event loop when many requests come at once.
+_INLINE_CHARS = 1024
 _THREADS = 2
 _MAX_PENDING = 1024
 
@@ -36,6 +38,7 @@ class PromptEncoder:
         """
         self.tokenizer = tokenizer
         self.template = template
+        self._control = ControlTokens(tokenizer)
         self._pending = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-tokenize")
 
@@ -59,35 +62,58 @@ class PromptEncoder:
         if kind == "text":
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             return await self.encode_text(request.text, add_special_tokens=special)
-        return await self.encode_text(await self.render(request.chat, field=f"{prefix}chat"), add_special_tokens=False)
+        return (await self.encode_chat(request.chat, field=f"{prefix}chat")).ids
 
     async def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokenize a text."""
-        if len(text) <= _INLINE_BYTES:
+        if len(text) <= _INLINE_CHARS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    async def render(self, chat: pb.ChatPrompt, *, field: str) -> str:
-        """Render a conversation with the model's template.
+    async def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> Encoding:
+        """Tokenize a text and tell which part of it each token covers."""
+        return await self.in_thread(lambda: self.tokenizer.encode_with_offsets(text, add_special_tokens))
+
+    async def encode_chat(self, chat: pb.ChatPrompt, *, field: str, offsets: bool = False) -> Encoding:
+        """Render a conversation with the model's template and tokenize it.
+
+        Special tokens that the template writes become tokens; inside of messages they stay text.
+
+        Args:
+            chat: Checked by `check_request`.
+            field: Name of the request's field, for errors.
+            offsets: Whether the encoding needs offsets, in code points of the rendered chat.
 
         Raises:
             InvalidRequest: No template, or the template refuses these messages.
         """
-        template = self.template
-        if not template.available:
+        if not self.template.available:
             raise invalid(field, "is set, but this model has no chat template", "use text or token_ids")
-        messages: list[dict[str, object]] = []
+        messages: list[dict[str, str]] = []
         for message in chat.messages:
-            entry: dict[str, object] = {"role": _ROLES[message.role], "content": message.content}
+            entry = {"role": _ROLES[message.role], "content": message.content}
             if message.HasField("name"):
                 entry["name"] = message.name
             messages.append(entry)
         generation = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+
+        def mask() -> list[dict[str, str]]:
+            return [{key: self._control.mask(text) for key, text in entry.items()} for entry in messages]
+
+        def work(masked: list[dict[str, str]]) -> Encoding:
+            rendered = self.template.render(masked, add_generation_prompt=generation)
+            if masked != messages:
+                return self._control.encode(rendered, offsets=offsets)
+            if offsets:
+                return self.tokenizer.encode_with_offsets(rendered, add_special_tokens=False)
+            return Encoding(ids=self.tokenizer.encode(rendered, add_special_tokens=False), offsets=[])
+
         try:
-            if sum(len(message.content) for message in chat.messages) <= _INLINE_BYTES:
-                return template.render(messages, add_generation_prompt=generation)
-            return await self.in_thread(lambda: template.render(messages, add_generation_prompt=generation))
-        except TemplateError as error:
+            short = sum(len(message.content) for message in chat.messages) <= _INLINE_CHARS
+            if short and not offsets and (masked := mask()) == messages:
+                return work(masked)
+            return await self.in_thread(lambda: work(mask()))
+        except (TemplateError, ControlTokenError) as error:
             raise InvalidRequest(Reason.INVALID_PARAMETER, f"{field}: {error}", field=field) from error
 
     def word_sequences(self, words: list[str]) -> list[list[int]]:

@@ -1,15 +1,22 @@
 """The gRPC server: transport limits, keepalive, health, reflection, and the pipeline that serves our own methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from loramux_server.rpc.limits import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
 from loramux_server.rpc.pipeline import Pipeline
+from loramux_server.rpc.standard_services import ParsingServer
+
+# Their types ask for a server and know nothing of one that stands in for it.
+_AddToServer = Callable[[object, ParsingServer], None]
+_ADD_HEALTH = cast(_AddToServer, health_pb2_grpc.add_HealthServicer_to_server)
+_ADD_REFLECTION = cast(_AddToServer, reflection_pb2_grpc.add_ServerReflectionServicer_to_server)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +27,7 @@ class Transport:
         keepalive: Idle time before the server pings a client.
         ping_timeout: Time that a client has to answer any ping; keepalive alone does not notice a frozen client.
         min_ping_interval: Clients may ping an idle connection this often.
+        handshake_timeout: Time that a connection has to become an HTTP/2 one.
         max_connection_age: Then the client is asked to reconnect, so that new replicas get their share.
         max_connection_age_grace: Time that running calls have after that.
         max_concurrent_rpcs: The last fence; admission is decided far below it.
@@ -28,6 +36,7 @@ class Transport:
     keepalive: float = 30.0
     ping_timeout: float = 10.0
     min_ping_interval: float = 20.0
+    handshake_timeout: float = 10.0
     max_connection_age: float = 600.0
     max_connection_age_grace: float = 3600.0
     max_concurrent_rpcs: int = 20_000
@@ -42,7 +51,12 @@ class Transport:
             ("grpc.keepalive_time_ms", int(self.keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.ping_timeout * 1000)),
             ("grpc.http2.ping_timeout_ms", int(self.ping_timeout * 1000)),
+            # Above its own default of 1,000 gRPC resets calls at random, as CANCELLED without a reason: a burst that
+            # arrives in one read would meet that before our queue, which refuses with a reason.
+            ("grpc.server.max_pending_requests", self.max_concurrent_rpcs),
+            ("grpc.server.max_pending_requests_hard_limit", self.max_concurrent_rpcs),
             ("grpc.http2.min_ping_interval_without_data_ms", int(self.min_ping_interval * 1000)),
+            ("grpc.server_handshake_timeout_ms", int(self.handshake_timeout * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_connection_age_ms", int(self.max_connection_age * 1000)),
             ("grpc.max_connection_age_grace_ms", int(self.max_connection_age_grace * 1000)),
@@ -102,10 +116,11 @@ class GrpcServer:
             options=transport.options(), maximum_concurrent_rpcs=transport.max_concurrent_rpcs
         )
         self._server.add_generic_rpc_handlers((pipeline,))
-        health_pb2_grpc.add_HealthServicer_to_server(health_state.servicer, self._server)
+        standard = ParsingServer(self._server)
+        _ADD_HEALTH(health_state.servicer, standard)
         if reflect:
             names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            _ADD_REFLECTION(reflection.aio.ReflectionServicer(names), standard)
 
     async def start(self, host: str, port: int) -> int:
         """Listen on a plaintext port.

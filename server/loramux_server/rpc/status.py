@@ -99,7 +99,9 @@ def _details(error: LoramuxServerError, message: str) -> list[Message]:
         kind = error.reason.value.split("_", 1)[0].lower()
         details.append(
             error_details_pb2.ResourceInfo(
-                resource_type=f"loramux.v1/{kind}", resource_name=metadata.get("name", ""), description=message
+                resource_type=f"loramux.v1/{kind}",
+                resource_name=metadata.get("name") or metadata.get("adapter", ""),
+                description=message,
             )
         )
     if isinstance(error, FailedPrecondition):

@@ -6,9 +6,11 @@ from loramux.v1 import generation_pb2 as pb
 from loramux_server.rpc.call import Call
 from loramux_server.rpc.limits import MAX_MESSAGE_BYTES, Limits
 from loramux_server.rpc.prompt import PromptEncoder
-from loramux_server.rpc.validate import check_chat, check_prompt_bytes, check_token_ids, invalid, not_served
+from loramux_server.rpc.validate import check_chat, check_prompt_bytes, check_token_ids, invalid
 
 _INLINE_IDS = 4096
+# Decoding holds the interpreter from its first id to its last.
+_MAX_IDS = 131_072
 
 
 class Tokenization:
@@ -27,25 +29,34 @@ class Tokenization:
     async def tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
         """Turn text or a chat into token ids."""
         limits = self._limits()
-        if request.include_offsets:
-            raise not_served("include_offsets")
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise invalid("prompt", "is absent", "set one of text and chat")
-        special = True
+        offsets: list[tuple[int, int]] = []
         if kind == "text":
             text = request.text
             check_prompt_bytes("text", len(text.encode()), limits)
-            if request.HasField("add_special_tokens"):
-                special = request.add_special_tokens
+            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            if request.include_offsets:
+                encoding = await self._prompts.encode_with_offsets(text, add_special_tokens=special)
+                ids, offsets = encoding.ids, encoding.offsets
+            else:
+                ids = await self._prompts.encode_text(text, add_special_tokens=special)
         else:
             if request.HasField("add_special_tokens"):
                 raise invalid("add_special_tokens", "is set with a chat prompt", "use it with text only")
             check_chat(request.chat, limits, prefix="chat")
-            text = await self._prompts.render(request.chat, field="chat")
-            special = False
-        ids = await self._prompts.encode_text(text, add_special_tokens=special)
-        response = pb.TokenizeResponse(token_ids=ids, max_model_len=limits.max_model_len)
+            encoding = await self._prompts.encode_chat(request.chat, field="chat", offsets=request.include_offsets)
+            ids, offsets = encoding.ids, encoding.offsets if request.include_offsets else []
+
+        def respond() -> pb.TokenizeResponse:
+            return pb.TokenizeResponse(
+                token_ids=ids,
+                offsets=[pb.TokenOffset(start=start, end=end) for start, end in offsets],
+                max_model_len=limits.max_model_len,
+            )
+
+        response = respond() if len(offsets) <= _INLINE_IDS else await self._prompts.in_thread(respond)
         if response.ByteSize() > MAX_MESSAGE_BYTES:
             raise invalid(kind, f"gives {len(ids)} tokens, more than one message holds", "send it in parts")
         return response
@@ -53,19 +64,20 @@ class Tokenization:
     async def detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
         """Turn token ids into text."""
         limits = self._limits()
-        if len(request.token_ids) > limits.max_prompt_bytes:
-            raise invalid(
-                "token_ids", f"has {len(request.token_ids)} entries", f"send {limits.max_prompt_bytes} at most"
-            )
-        check_token_ids("token_ids", request.token_ids, limits)
+        most = max(limits.max_model_len, _MAX_IDS)
+        if len(request.token_ids) > most:
+            raise invalid("token_ids", f"has {len(request.token_ids)} entries", f"send {most} at most")
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        ids = list(request.token_ids)
 
         def decode() -> str:
+            ids = list(request.token_ids)
+            check_token_ids("token_ids", ids, limits)
             return self._prompts.tokenizer.decode(ids, skip_special_tokens=skip)
 
-        text = decode() if len(ids) <= _INLINE_IDS else await self._prompts.in_thread(decode)
+        text = decode() if len(request.token_ids) <= _INLINE_IDS else await self._prompts.in_thread(decode)
         response = pb.DetokenizeResponse(text=text)
         if response.ByteSize() > MAX_MESSAGE_BYTES:
-            raise invalid("token_ids", f"has {len(ids)} entries, whose text is larger than a message", "send parts")
+            raise invalid(
+                "token_ids", f"has {len(request.token_ids)} entries, whose text is larger than a message", "send parts"
+            )
         return response

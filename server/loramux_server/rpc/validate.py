@@ -6,12 +6,18 @@ number or enum and the way out, never prompt or stop text.
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
 
 from loramux.v1 import generation_pb2 as pb
 from loramux_server.errors import InvalidRequest, NotServedYet, Reason
 from loramux_server.rpc.limits import Limits
+
+_LONGEST_S = 86_400.0
+# Without tools it says what is the case anyway.
+_NO_CALLS = pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +189,7 @@ def check_chat(chat: pb.ChatPrompt, limits: Limits, *, prefix: str) -> None:
     _check_count(f"{prefix}.messages", len(chat.messages), limits.max_messages)
     if chat.tools:
         raise not_served(f"{prefix}.tools")
-    if chat.HasField("tool_choice") and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE:
+    if chat.tool_choice.WhichOneof("choice") is not None and chat.tool_choice != _NO_CALLS:
         raise not_served(f"{prefix}.tool_choice")
     if chat.continue_final_message:
         raise not_served(f"{prefix}.continue_final_message")
@@ -206,7 +212,7 @@ def check_chat(chat: pb.ChatPrompt, limits: Limits, *, prefix: str) -> None:
             raise not_served(f"{name}.reasoning_text")
         if not message.HasField("content"):
             raise invalid(f"{name}.content", "is absent", "give the message a content")
-        total += len(message.content.encode())
+        total += len(message.content.encode()) + len(message.name.encode())
     check_prompt_bytes(prefix, total, limits)
 
 
@@ -247,6 +253,20 @@ def check_prompt_bytes(field: str, size: int, limits: Limits) -> None:
         )
 
 
+def check_duration(field: str, duration: Duration) -> float:
+    """Check a time limit and return its seconds.
+
+    Raises:
+        InvalidRequest: It is 0, negative, malformed or longer than a day.
+    """
+    seconds = duration.seconds + duration.nanos / 1e9
+    if not 0 <= duration.nanos < 1_000_000_000:
+        raise invalid(field, f"has {duration.nanos} nanos", "use 0 to 999999999")
+    if not 0 < seconds <= _LONGEST_S:
+        raise invalid(field, f"is {seconds:g} s", f"use above 0 s, at most {_LONGEST_S:g} s")
+    return seconds
+
+
 def _check_range(field: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise invalid(field, f"is {value}", f"use {low} to {high}")
@@ -258,10 +278,9 @@ def _check_count(field: str, count: int, most: int) -> None:
         raise invalid(field, f"has {count} entries", f"use at most {most}")
 
 
-def _check_strings(field: str, values: Iterable[str], most: int, most_bytes: int) -> None:
-    texts = list(values)
-    _check_count(field, len(texts), most)
-    for position, text in enumerate(texts):
+def _check_strings(field: str, values: Sequence[str], most: int, most_bytes: int) -> None:
+    _check_count(field, len(values), most)
+    for position, text in enumerate(values):
         size = len(text.encode())
         if not 1 <= size <= most_bytes:
             raise invalid(f"{field}[{position}]", f"has {size} bytes", f"use 1 to {most_bytes}")
@@ -278,13 +297,12 @@ def _too_many_tokens(count: int, limits: Limits, prefix: str) -> InvalidRequest:
 
 
 def _check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    if max(ids, default=0) < vocab_size:
-        return
-    for position, token_id in enumerate(ids):
-        if token_id >= vocab_size:
-            raise invalid(
-                f"{field}[{position}]", f"is {token_id}", f"token ids of this model are 0 to {vocab_size - 1}"
-            )
+    # Of a million ids: as a list, and the largest one instead of the first bad one, or the event loop waits.
+    values = list(ids)
+    largest = max(values, default=0)
+    if largest >= vocab_size:
+        position = values.index(largest)
+        raise invalid(f"{field}[{position}]", f"is {largest}", f"token ids of this model are 0 to {vocab_size - 1}")
 
 
 def _number(
@@ -325,11 +343,7 @@ def _logit_bias(params: pb.SamplingParams, limits: Limits, prefix: str) -> dict[
 def _soft_time_limit(params: pb.SamplingParams, prefix: str) -> float | None:
     if not params.HasField("soft_time_limit"):
         return None
-    limit = params.soft_time_limit
-    seconds = limit.seconds + limit.nanos / 1e9
-    if not 0 < seconds <= 86_400 or not 0 <= limit.nanos < 1_000_000_000:
-        raise invalid(f"{prefix}soft_time_limit", f"is {seconds:g} s", "use above 0 s, at most 86400 s")
-    return seconds
+    return check_duration(f"{prefix}soft_time_limit", params.soft_time_limit)
 
 
 def _split_key(params: pb.SamplingParams, limits: Limits, prefix: str) -> str:

@@ -1,7 +1,7 @@
 """The registry's SQLite database: pragmas, transactions, schema version.
 
 WAL with `synchronous=FULL`: a committed transaction survives a power cut. One writer at a time inside the process (a
-lock here), one process at a time (`StateLock` of `store.py`).
+lock here), one process at a time (`DirectoryLock` of `store.py`).
 """
 
 import os
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, event, insert, inspect, select
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from loramux_server.errors import Reason, Unavailable
 from loramux_server.tenancy import schema
@@ -108,7 +109,10 @@ class Database:
 def _converted() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, DatabaseError) as error:
+    except (IntegrityError, ProgrammingError):
+        # Bugs of ours: no retry helps.
+        raise
+    except (DatabaseError, NoConnection) as error:
         raise Unavailable(
             Reason.STORE_UNAVAILABLE,
             "the registry does not answer; nothing was changed, retry later",

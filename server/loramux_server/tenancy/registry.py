@@ -19,7 +19,7 @@ from loramux_server.tenancy import idempotency, schema
 from loramux_server.tenancy.changes import Change, Deletion, RegistryLimits
 from loramux_server.tenancy.idempotency import IdempotencyKey
 from loramux_server.tenancy.names import SHORT_DIGITS, AdapterReference
-from loramux_server.tenancy.reader import RegistryReader
+from loramux_server.tenancy.objects import RegistryObjects, forget_object
 from loramux_server.tenancy.records import (
     AdapterRecord,
     NewVersion,
@@ -33,7 +33,6 @@ from loramux_server.tenancy.rows import (
     advance_revision,
     check_etag,
     check_quota,
-    in_use,
     one_adapter,
     require_adapter,
     require_ready,
@@ -47,7 +46,7 @@ _adapters, _versions = schema.adapters.c, schema.versions.c
 R = TypeVar("R")
 
 
-class Registry(RegistryReader):
+class Registry(RegistryObjects):
     """See the module.
 
     Args:
@@ -62,20 +61,7 @@ class Registry(RegistryReader):
     def __init__(
         self, path: Path, *, limits: RegistryLimits | None = None, clock: Callable[[], float] = time.time
     ) -> None:
-        super().__init__(path, clock=clock)
-        self._limits = limits or RegistryLimits()
-
-    def begin_object(self, tenant: str, digest: str) -> bool:
-        """Note that an object is about to be placed into the store.
-
-        Returns:
-            Whether a version that is not deleted uses this object already.
-        """
-        table = schema.pending_objects
-        with self._database.write() as connection:
-            connection.execute(delete(table).where(table.c.tenant == tenant, table.c.digest == digest))
-            connection.execute(insert(table).values(tenant=tenant, digest=digest))
-            return in_use(connection, tenant, digest)
+        super().__init__(path, limits=limits or RegistryLimits(), clock=clock)
 
     def commit_version(
         self,
@@ -94,8 +80,7 @@ class Registry(RegistryReader):
         """
 
         def commit(connection: Connection, now: float) -> VersionRecord:
-            pending = schema.pending_objects
-            connection.execute(delete(pending).where(pending.c.tenant == new.tenant, pending.c.digest == new.digest))
+            forget_object(connection, new.tenant, new.digest)
             where = (
                 _versions.tenant == new.tenant,
                 _versions.adapter == new.adapter,
@@ -309,66 +294,6 @@ class Registry(RegistryReader):
             )
 
         return self._mutate(tenant, adapter, key, Deletion, commit)
-
-    def finish_drain(self, tenant: str, adapter: str, digest: str) -> bool:
-        """Turn a DRAINING version into a DELETED one: nothing uses it any more.
-
-        Returns:
-            Whether its object may leave the store: no other version of the tenant uses it.
-        """
-        mine = (_versions.tenant == tenant, _versions.adapter == adapter)
-        with self._database.write() as connection:
-            connection.execute(
-                update(schema.versions)
-                .where(*mine, _versions.digest == digest, _versions.state == VersionState.DRAINING)
-                .values(state=VersionState.DELETED.value)
-            )
-            kept = (
-                select(_versions.digest)
-                .where(*mine, _versions.state == VersionState.DELETED)
-                .order_by(_versions.revision.desc())
-                .limit(self._limits.deleted_versions)
-            )
-            connection.execute(
-                delete(schema.versions).where(
-                    *mine, _versions.state == VersionState.DELETED, _versions.digest.not_in(kept)
-                )
-            )
-            return not in_use(connection, tenant, digest)
-
-    def abandon_object(self, tenant: str, digest: str) -> None:
-        """Take a note of `begin_object` back: the object is not in the store, or a version uses it."""
-        table = schema.pending_objects
-        with self._database.write() as connection:
-            connection.execute(delete(table).where(table.c.tenant == tenant, table.c.digest == digest))
-
-    def recover(self) -> list[tuple[str, str]]:
-        """Settle what the last run left: nothing runs, so every DRAINING version is DELETED.
-
-        Returns:
-            (tenant, digest) of objects that the registry made and no version uses; remove them, then call
-            `forget_objects`.
-        """
-        with self._database.write() as connection:
-            connection.execute(
-                update(schema.versions)
-                .where(_versions.state == VersionState.DRAINING)
-                .values(state=VersionState.DELETED.value)
-            )
-            pending = schema.pending_objects.c
-            left = {(row.tenant, row.digest) for row in connection.execute(select(pending.tenant, pending.digest))}
-            left |= {
-                (row.tenant, row.digest)
-                for row in connection.execute(
-                    select(_versions.tenant, _versions.digest).where(_versions.state == VersionState.DELETED)
-                )
-            }
-            return sorted(item for item in left if not in_use(connection, *item))
-
-    def forget_objects(self) -> None:
-        """Clear the notes of `begin_object`; for `recover`, after the objects are gone."""
-        with self._database.write() as connection:
-            connection.execute(delete(schema.pending_objects))
 
     def check_integrity(self) -> None:
         """Assert the invariants of the whole registry.

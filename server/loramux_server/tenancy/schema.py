@@ -70,7 +70,7 @@ versions = Table(
     Index("versions_by_revision", "tenant", "adapter", "revision"),
 )
 
-# An object that is being placed into the store and has no version row yet: what a crash may leave behind.
+# An object on its way into the store or out of it, without a version that uses it: what a crash may leave behind.
 pending_objects = Table(
     "pending_objects",
     metadata,

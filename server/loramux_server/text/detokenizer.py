@@ -43,6 +43,8 @@ class _Decoder(Protocol):
 
     def flush(self) -> str: ...
 
+    def bytes_of(self, token_id: int) -> bytes: ...
+
 
 class IncrementalDetokenizer:
     """Turns one sequence's ids into text as they come.
@@ -63,6 +65,13 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """Text of what still waits, once no more ids follow: U+FFFD for a character that was not completed."""
         return self._decoder.flush()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that one id stands for inside of a text, maybe a part of a character; none for an unknown id.
+
+        Special tokens have those of their own text. Touches nothing that was pushed.
+        """
+        return self._decoder.bytes_of(token_id)
 
 
 def _decoder_for(tokenizer: Tokenizer, skip_special_tokens: bool) -> _Decoder:
@@ -109,12 +118,12 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        return self._utf8.decode(b"".join(self._bytes(token) for token in ids))
+        return self._utf8.decode(b"".join(self.bytes_of(token) for token in ids))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 
-    def _bytes(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
         piece = self._pieces.get(token_id)
         if not isinstance(piece, bytes):
             token = self._tokenizer.id_to_token(token_id) or ""
@@ -156,24 +165,38 @@ class _Pieces:
         self._give_up(parts)
         return self._strip("".join(parts))
 
+    def bytes_of(self, token_id: int) -> bytes:
+        piece = self._inner(token_id)
+        if isinstance(piece, int):
+            return bytes([piece])
+        return b"" if piece is None else piece.encode()
+
     def _piece(self, token_id: int) -> str | int | None:
         """Text of a token, or its byte, or None for an id without a token."""
-        first, self._first = self._first, False
-        if not first:
-            piece = self._pieces.get(token_id, b"")
-            if not isinstance(piece, bytes):
-                return piece
+        if not self._first:
+            return self._inner(token_id)
+        found = self._read(token_id, first=True)
+        self._first = found is None
+        return found
+
+    def _inner(self, token_id: int) -> str | int | None:
+        """The same for a token that is not the first."""
+        piece = self._pieces.get(token_id, b"")
+        if not isinstance(piece, bytes):
+            return piece
+        found = self._read(token_id, first=False)
+        if found is not None:
+            self._pieces[token_id] = found
+        return found
+
+    def _read(self, token_id: int, *, first: bool) -> str | int | None:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
-            self._first = first
             return None
         for rule in self._rules:
             token = rule(token, first)
         match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
-        found = int(match[1], 16) if match else token
-        if not first:
-            self._pieces[token_id] = found
-        return found
+        return int(match[1], 16) if match else token
 
     def _take_byte(self, byte: int, parts: list[str]) -> None:
         self._pending.append(byte)
@@ -224,6 +247,9 @@ class _Window:
 
     def flush(self) -> str:
         return self._difference(self._decode(self._ids))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
     def _push_one(self, token_id: int) -> str:
         self._ids.append(token_id)

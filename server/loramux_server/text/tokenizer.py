@@ -1,5 +1,6 @@
 """The base's tokenizer, over `tokenizers` alone (no transformers, no torch)."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -12,6 +13,20 @@ import tokenizers
 
 class TokenizerError(ValueError):
     """The checkpoint's tokenizer files cannot be used; the text names the file and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """Ids of a text and where they come from.
+
+    Attributes:
+        ids: Token ids.
+        offsets: For each id the first code point that it covers and one past the last; equal for ids that the
+            tokenizer added. Tokens that share a character cover it all of them.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -82,9 +97,24 @@ class Tokenizer:
         )
 
     @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Special tokens by id, as they are written in a text."""
+        added = self._backend.get_added_tokens_decoder()
+        return {key: token.content for key, token in added.items() if token.special}
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of special tokens: left out of text unless asked for."""
-        return frozenset(key for key, token in self._backend.get_added_tokens_decoder().items() if token.special)
+        return frozenset(self.special_tokens)
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """Id of what the vocabulary cannot write; None if it can write everything."""
+        model = self._backend.model
+        if hasattr(model, "unk_token"):
+            return None if model.unk_token is None else self.token_id(model.unk_token)
+        number = json.loads(self.to_json())["model"].get("unk_id")
+        return number if isinstance(number, int) else None
 
     @functools.cached_property
     def decoder_config(self) -> dict[str, Any] | None:
@@ -104,7 +134,7 @@ class Tokenizer:
         """Ids of a text.
 
         Args:
-            text: The text; special tokens written in it become their ids.
+            text: The text; special tokens written in it become their ids, see `control_tokens` for chats.
             add_special_tokens: Put around the text what the post-processor of `tokenizer.json` says; False for
                 rendered chats, whose template writes them. `add_bos_token` in `tokenizer_config.json` counts for
                 nothing beside that file, as in transformers.
@@ -116,6 +146,11 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """Ids of a text as `encode` gives them, with the part of the text that each one covers."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return Encoding(ids=encoding.ids, offsets=encoding.offsets)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; ids that the tokenizer does not know are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -123,6 +158,14 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it; None if there is none."""
         return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary writes it; None if there is none."""
+        return self._backend.token_to_id(token)
+
+    def to_json(self) -> str:
+        """The tokenizer as in `tokenizer.json`, without truncation and padding."""
+        return self._backend.to_str()
 
 
 def _content(token: Any) -> str | None:

@@ -123,6 +123,17 @@ class TestUpload:
         assert len(server.calls_of("WriteAdapterUpload")) == 2
         assert len(clock.slept) == 1
 
+    def test_an_error_of_progress_reaches_its_owner(self, server: FakeServer, client: Client, directory: Path) -> None:
+        with pytest.raises(ZeroDivisionError):
+            client.adapters.upload(directory, name="bot", progress=lambda done, total: print(1 // 0))
+        assert client.adapters.upload(directory, name="bot").state is VersionState.READY
+
+    async def test_an_error_of_progress_reaches_its_owner_async(self, server: FakeServer, directory: Path) -> None:
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(ZeroDivisionError):
+                await client.adapters.upload(directory, name="bot", progress=lambda done, total: print(1 // 0))
+            assert (await client.adapters.upload(directory, name="bot")).state is VersionState.READY
+
     def test_a_lost_place_is_asked_for(self, server: FakeServer, client: Client, directory: Path) -> None:
         lost = FakeError("INVALID_ARGUMENT", "INVALID_PARAMETER", field_violations=[("offset", "is 0")])
         server.fail("WriteAdapterUpload", lost, lost)

@@ -45,6 +45,12 @@ def test_what_is_this_machine(address: str, local: bool) -> None:
     assert (connect(address).tls is None) is local
 
 
+def test_a_timeout_that_no_clock_holds_is_no_limit() -> None:
+    assert checked_timeout(1e300, None) is None
+    assert checked_timeout(366 * 24 * 3600.0, None) == 366 * 24 * 3600.0
+    assert checked_timeout(None, 1e12) is None
+
+
 class TestTLS:
     def test_a_token_never_goes_over_the_net_in_clear(self) -> None:
         with pytest.raises(InvalidRequest, match="in clear"):

@@ -35,6 +35,21 @@ def finished(index: int = 0, reason: pb.FinishReason.ValueType = pb.FINISH_REASO
     return event(finished=pb.Finished(index=index, reason=reason))
 
 
+def test_a_huge_n_costs_nothing_before_the_server_has_seen_it() -> None:
+    fold = GenerationFold(2**32 - 1)
+    assert fold.sequences == 2**32 - 1 and not fold.complete
+    assert fold.failed(None).outputs == ()  # type: ignore[attr-defined]
+
+
+def test_sequences_that_broke_before_their_first_piece_are_told() -> None:
+    fold = GenerationFold(2)
+    fold.apply(STARTED)
+    fold.apply(delta("He", [1, 2]))
+    broken = fold.failed(None)
+    assert isinstance(broken, StreamInterrupted)
+    assert [(output.index, output.text) for output in broken.outputs] == [(0, "He"), (1, "")]
+
+
 def test_one_sequence() -> None:
     fold = GenerationFold(1)
     assert fold.apply(STARTED) is None

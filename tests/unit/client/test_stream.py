@@ -8,7 +8,6 @@ import pytest
 
 from loramux import (
     AsyncClient,
-    Cancelled,
     Client,
     ClientStateError,
     DeadlineExceeded,
@@ -115,6 +114,7 @@ class TestSync:
                     pass
             timer.join()
         assert (caught.value.code, caught.value.partial) == ("CANCELLED", "Hello")
+        assert caught.value.message == "the stream broke after 5 tokens: the call was cancelled"
         assert only_call(server).cancelled
 
     def test_cancel_before_the_block_keeps_it_from_being_sent(self, server: FakeServer, client: Client) -> None:
@@ -182,14 +182,24 @@ class TestSync:
         with client.generate("Hi") as stream:
             next(stream)
             client.close()
-            with pytest.raises(StreamInterrupted):
+            with pytest.raises(StreamInterrupted, match="the client was closed"):
                 for _ in stream:
                     pass
         with pytest.raises(ClientStateError, match="closed"):
             client.model()
 
+    def test_reading_outside_of_the_block_says_how(self, server: FakeServer, client: Client) -> None:
+        with pytest.raises(ClientStateError, match="inside of `with client"):
+            next(iter(client.generate("Hi")))
+        assert server.calls == []
+
 
 class TestAsync:
+    async def test_reading_outside_of_the_block_says_how(self, server: FakeServer, async_client: AsyncClient) -> None:
+        with pytest.raises(ClientStateError, match="inside of `async with client"):
+            await anext(aiter(async_client.generate("Hi")))
+        assert server.calls == []
+
     async def test_started_deltas_finished_usage(self, server: FakeServer, async_client: AsyncClient) -> None:
         version = server.add_adapter("bot")
         server.reply(Reply(["Hel", "lo"]))
@@ -252,6 +262,7 @@ class TestAsync:
                 async for _ in stream:
                     pass
         assert (caught.value.code, caught.value.partial) == ("CANCELLED", "Hello")
+        assert caught.value.message == "the stream broke after 5 tokens: the call was cancelled"
         assert (await ended(server)).cancelled
 
     async def test_a_cancelled_task_gets_cancelled_error(self, server: FakeServer, async_client: AsyncClient) -> None:
@@ -314,7 +325,7 @@ class TestAsync:
         async with client.generate("Hi") as stream:
             await anext(stream)
             await client.close()
-            with pytest.raises((StreamInterrupted, Cancelled)):
+            with pytest.raises(StreamInterrupted, match="the client was closed"):
                 async for _ in stream:
                     pass
         with pytest.raises(ClientStateError, match="closed"):

@@ -1,7 +1,9 @@
 """Attempts, metadata, tokens and misuse, over a real channel and with a clock that never sleeps."""
 
 import asyncio
+import copy as copying
 import os
+import pickle  # noqa: TID251  shown to be refused
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -10,6 +12,7 @@ import pytest
 
 from loramux import (
     AsyncClient,
+    Cancelled,
     Client,
     ClientStateError,
     InvalidRequest,
@@ -22,6 +25,8 @@ from loramux import (
     StreamInterrupted,
     Unavailable,
 )
+from loramux._clock import Clock
+from loramux._transport import Transport
 from loramux.testing import FakeError, FakeServer
 from tests.support.client_clock import FakeClock
 
@@ -194,6 +199,8 @@ class TestMetadata:
         assert server.calls[1].metadata["x-request-id"] == "mine"
 
     def test_min_revision(self, server: FakeServer, client: Client) -> None:
+        for content in "abcd":  # two revisions each: the version and its traffic
+            server.add_adapter("bot", content=content)
         client.with_min_revision(7).model()
         assert server.calls[0].metadata["min_revision"] == "7"
 
@@ -286,10 +293,79 @@ class TestMisuse:
         with pytest.raises(ClientStateError, match="closed"):
             client.for_tenant("acme").model()
 
+    def test_close_and_first_call_at_once_leave_no_channel(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = Client(server.address)
+        transport = client._transport
+        monkeypatch.setattr(transport, "_lock", _ClosingLock(transport))
+        with pytest.raises(ClientStateError, match="closed"):
+            client.model()
+        assert transport._channel is None
+
+    @pytest.mark.parametrize("cls", [Client, AsyncClient])
+    def test_repr_says_where_and_for_whom(self, cls: type[Client] | type[AsyncClient]) -> None:
+        client = cls("localhost:50051", token="secret", tenant="acme")
+        assert repr(client) == f"{cls.__name__}('localhost:50051', tenant='acme')"
+        view = client.with_adapter("bot").with_min_revision(3)
+        assert repr(view) == f"{cls.__name__}('localhost:50051', tenant='acme', adapter='bot', min_revision=3)"
+
+    def test_repr_of_a_stream(self, server: FakeServer, client: Client) -> None:
+        stream = client.generate("secret prompt")
+        assert repr(stream) == "<GenerationStream new>"
+        with stream:
+            assert repr(stream) == f"<GenerationStream open {stream.started.generation_id}>"
+        assert repr(stream).startswith("<GenerationStream left ")
+
+    @pytest.mark.parametrize("cls", [Client, AsyncClient])
+    def test_a_client_stays_in_its_process(self, cls: type[Client] | type[AsyncClient]) -> None:
+        for copy in (pickle.dumps, copying.copy, copying.deepcopy):
+            with pytest.raises(TypeError, match="make one in each process"):
+                copy(cls("localhost:50051"))
+
+    async def test_cancel_ends_the_wait_between_attempts(self, server: FakeServer) -> None:
+        server.fail("Generate", FakeError("UNAVAILABLE", retry_after=20.0))
+        clock = _SignallingClock()
+        async with AsyncClient(server.address) as client:
+            client._transport.clock = clock
+            stream = client.generate("Hi")
+            opening = asyncio.create_task(stream.__aenter__())
+            async with asyncio.timeout(10):
+                await clock.waiting.wait()
+                stream.cancel()
+                with pytest.raises(Cancelled):
+                    await opening
+
     def test_a_method_that_the_server_does_not_have(self, server: FakeServer, client: Client) -> None:
         server.fail("GetTenantUsage", FakeError("UNIMPLEMENTED"))
         with pytest.raises(NotServedYet):
             list(client.adapters.usage())
+
+
+class _SignallingClock(Clock):
+    """Tells when a wait has begun."""
+
+    def __init__(self) -> None:
+        self.waiting = asyncio.Event()
+
+    async def wait_async(self, event: asyncio.Event, seconds: float) -> bool:
+        self.waiting.set()
+        return await super().wait_async(event, seconds)
+
+
+class _ClosingLock:
+    """Somebody closes the client between the look at the channel and the lock."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._transport._closed = True
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class TestThreads:

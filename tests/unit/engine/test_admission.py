@@ -1,7 +1,11 @@
 """Adapters compete for the slab: who is skipped, who waits, and that nobody waits for ever."""
 
+import pytest
+
+from loramux_server.engine.adapter_version import Room
 from loramux_server.engine.admission import MAX_PASSED_OVER
 from loramux_server.engine.messages import Unload
+from loramux_server.engine.residency import AdapterResidency
 from tests.support.engine_driver import Driver, make_driver
 
 
@@ -180,3 +184,30 @@ def test_unload_waits_for_running_requests_and_is_not_starved_by_new_ones() -> N
     assert driver.completed["u"].error is None
     assert driver.runner.slab.started == ["/v", "/v"]
     assert driver.requests["s"].done is not None and driver.requests["s"].done.status == "finished"
+
+
+def test_a_queue_without_slab_room_is_not_tried_again_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = make_driver(rank_units=1, max_running=8)
+    driver.put("v", "w")
+    driver.add("v0", [1], version="v", max_tokens=20)
+    driver.step(2)
+    waiting = [driver.add(f"w{index}", [1], version="w", max_tokens=1) for index in range(5)]
+    driver.step(2)
+    asked: list[str] = []
+    want = AdapterResidency.want
+
+    def counted(self: AdapterResidency, version: str, *, newcomer: bool = False) -> Room:
+        asked.append(version)
+        return want(self, version, newcomer=newcomer)
+
+    monkeypatch.setattr(AdapterResidency, "want", counted)
+    driver.step(5)
+    assert asked == []
+    driver.add("base", [1], max_tokens=2)
+    driver.step()
+    assert asked == ["w"] * 5, "a new arrival is a change"
+    asked.clear()
+    driver.step(3)
+    assert asked == ["w"] * 5, "so is its admission, once"
+    finish(driver)
+    assert all(request.started is not None for request in waiting)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loramux_server.engine.engine import STATS_INTERVAL
 from loramux_server.engine.messages import (
     Abort,
     Done,
@@ -419,3 +420,85 @@ def test_stats_come_when_idle_begins_and_at_most_four_times_a_second() -> None:
     stats = [event for event in driver.events if isinstance(event, Stats)]
     assert len(stats) == 3 and stats[-1].requests_finished == 1 and stats[-1].running == 0
     assert not driver.engine.has_work and driver.engine.step() == []
+
+
+class TestResidencyReports:
+    def told(self, driver: Driver) -> list[tuple[str, int]]:
+        return [(state.residency, state.references) for state in driver.states]
+
+    def test_references_are_told_while_requests_run_and_when_they_end(self) -> None:
+        driver = make_driver()
+        driver.put("v")
+        for index in range(4):
+            driver.add(f"r{index}", [1, 2], max_tokens=30, version="v")
+        driver.step(3)
+        assert self.told(driver)[0] == ("store", 1)
+        driver.clock.now += STATS_INTERVAL
+        driver.step()
+        assert self.told(driver)[-1] == ("gpu", 4)
+        count = len(driver.states)
+        driver.clock.now += STATS_INTERVAL
+        driver.step()
+        assert len(driver.states) == count, "what did not change is told once"
+        finish(driver)
+        assert self.told(driver)[-1] == ("gpu", 0)
+
+    def test_a_request_that_never_ran_leaves_no_reference(self) -> None:
+        driver = make_driver()
+        driver.put("v")
+        driver.add("r", [1], version="v")
+        driver.engine.handle([Abort(request_id="r")])
+        finish(driver)
+        assert self.told(driver) == [("store", 1), ("store", 0)]
+
+    def test_reports_are_bounded_however_many_requests_come(self) -> None:
+        driver = make_driver()
+        driver.put("v")
+        driver.add("company", [1], max_tokens=200)
+        driver.add("first", [1], max_tokens=1, version="v")
+        driver.step(4)
+        driver.clock.now += STATS_INTERVAL
+        driver.step()
+        count = len(driver.states)
+        for index in range(30):
+            driver.add(f"r{index}", [1], max_tokens=1, version="v")
+            driver.step(2)
+        assert self.told(driver)[count:] == [("gpu", 1)]
+        driver.clock.now += STATS_INTERVAL
+        driver.step()
+        assert self.told(driver)[count + 1 :] == [("gpu", 0)]
+
+    @pytest.mark.parametrize("prompt", [[1, 2], []])
+    def test_a_request_of_one_step_or_none_is_in_the_last_stats(self, prompt: list[int]) -> None:
+        driver = make_driver()
+        for index in range(3):
+            driver.add(f"r{index}", prompt, max_tokens=1)
+            driver.run()
+        last = [event for event in driver.events if isinstance(event, Stats)][-1]
+        assert last == driver.engine.stats() and last.requests_finished + last.requests_failed == 3
+
+
+class TestReading:
+    def test_a_version_that_takes_long_to_read_holds_up_nobody(self) -> None:
+        driver = make_driver(reading=10**6)
+        driver.put("slow")
+        waiting = driver.add("waiting", [1], version="slow")
+        running = driver.add("running", [1, 2, 3], max_tokens=20)
+        driver.step(30)
+        assert running.done is not None and running.done.status == "finished"
+        assert waiting.started is None and driver.engine.stalled
+        driver.runner.slab.reading = 0
+        driver.clock.now += 2.0
+        finish(driver)
+        assert waiting.started is not None and waiting.started.load_time == 2.0
+
+    def test_a_version_that_cannot_be_read_fails_its_requests_only(self) -> None:
+        driver = make_driver(reading=3)
+        driver.put("bad", "good")
+        driver.runner.slab.unreadable["/bad"] = FailedPrecondition(Reason.ADAPTER_INCOMPATIBLE, "rank 99")
+        bad = [driver.add(f"bad{index}", [1], version="bad") for index in range(2)]
+        good = driver.add("good", [1], version="good")
+        driver.run()
+        assert [reason(request) for request in bad] == ["ADAPTER_INCOMPATIBLE"] * 2
+        assert good.done is not None and good.done.status == "finished"
+        driver.assert_at_rest()

@@ -159,6 +159,17 @@ def test_sigterm_during_start_ends_it_at_once() -> None:
         assert process.exit()[0] == -signal.SIGTERM
 
 
+def test_parents_death_during_start_ends_it() -> None:
+    with engine(model="slow") as process:
+        # What waits on the socket is no reason to end; that nobody holds its other end is.
+        process.send(add("early"))
+        assert process.child.stderr is not None
+        assert b"building" in process.child.stderr.readline()
+        process.socket.close()
+        code, log = process.exit()
+        assert code == 0 and "given up" in str(log[-1]["message"])
+
+
 @pytest.mark.parametrize("busy", [True, False])
 def test_parents_death_ends_it(busy: bool) -> None:
     with engine() as process:

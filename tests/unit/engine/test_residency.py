@@ -95,8 +95,57 @@ def test_events_tell_every_change_of_residency() -> None:
     slab.residency.want("b")
     slab.residency.unbind("a")
     states = [(e.version, e.residency, e.references, e.dropped) for e in slab.events if isinstance(e, VersionState)]
-    assert states == [("a", "gpu", 0, False), ("a", "store", 1, False), ("a", "store", 0, True)]
+    assert states == [("a", "gpu", 0, False), ("a", "gpu", 1, False), ("a", "store", 1, False), ("a", "store", 0, True)]
     assert slab.forgotten == ["a"]
+
+
+def references(events: list[Event]) -> list[tuple[str, int]]:
+    return [(event.version, event.references) for event in events if isinstance(event, VersionState)]
+
+
+def test_references_are_told_at_once_then_in_bulk() -> None:
+    slab = Slab()
+    for _ in range(3):
+        slab.residency.bind("a")
+    slab.residency.bind("b")
+    assert references(slab.events) == [("a", 1), ("b", 1)]
+    slab.residency.unbind("a")
+    slab.residency.unbind("b")
+    slab.events.clear()
+    slab.residency.report_references()
+    assert references(slab.events) == [("a", 2), ("b", 0)]
+    slab.events.clear()
+    slab.residency.report_references()
+    assert slab.events == []
+    slab.residency.unbind("a")
+    slab.residency.unbind("a")
+    assert slab.events == []
+    slab.residency.drop("a")
+    assert references(slab.events) == [("a", 0)], "the last word on a dropped version is not delayed"
+    slab.residency.report_references()
+    assert len(slab.events) == 1
+
+
+def test_a_version_being_read_takes_no_room_and_holds_up_nobody() -> None:
+    slab = Slab(rank_units=1)
+    slab.fake.reading = 2
+    slab.fake.asked["/b"] = 2
+    assert slab.residency.want("a") is Room.LOADING
+    assert slab.residency.rank_units_used == 0 and slab.fake.started == []
+    slab.load("b")
+    assert slab.residency.want("a") is Room.LOADING and slab.resident() == {"b"}
+    assert slab.residency.want("a") is Room.LOADING and slab.resident() == {"a"}
+
+
+def test_a_preload_waits_for_its_version_to_be_read() -> None:
+    slab = Slab()
+    slab.fake.reading = 2
+    slab.residency.preload("p", "a", NOW)
+    while slab.residency.pending:
+        slab.residency.poll(NOW)
+        slab.residency.check_integrity(references={}, uses={})
+    assert [event.error for event in slab.events if isinstance(event, Completed)] == [None]
+    assert slab.resident() == {"a"}
 
 
 def test_operations_are_answered_once() -> None:

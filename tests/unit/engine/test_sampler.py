@@ -127,6 +127,7 @@ def test_penalties_bias_and_bans_match_their_definitions(sampler: Sampler, logit
         bad_words=[[9, 12, 20], [33]],
     )
     row = make_row(spec, history=history, prompt=2)
+    raw = logits.clone()
     adjusted = sampler._adjust(logits, [row], [spec])[0]
     expected = logits[0].clone()
     for token, count in {4: 0, 9: 3, 12: 1}.items():
@@ -134,7 +135,7 @@ def test_penalties_bias_and_bans_match_their_definitions(sampler: Sampler, logit
         expected[token] = value - 0.2 * count - (0.3 if count else 0.0)
     expected[20], expected[21], expected[33] = -math.inf, expected[21] - 5.0, -math.inf
     torch.testing.assert_close(adjusted, expected)
-    assert torch.equal(logits, logits.clone()), "raw logits stay raw"
+    assert torch.equal(logits, raw), "raw logits stay raw"
 
 
 def test_min_tokens_masks_end_and_stop_tokens(sampler: Sampler, logits: torch.Tensor) -> None:
@@ -179,3 +180,93 @@ def test_released_sequences_start_their_counts_again(sampler: Sampler, logits: t
     sampler.release(0)
     adjusted = sampler._adjust(logits, [make_row(spec, history=(1, 2, 3))], [spec])
     torch.testing.assert_close(adjusted, logits)
+
+
+def test_everything_banned_still_gives_a_token_of_the_vocabulary(sampler: Sampler, logits: torch.Tensor) -> None:
+    every = [[token] for token in range(VOCAB)]
+    for fields in ({}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.5, "top_k": 3, "min_p": 0.1}):
+        packed = sampler.sample(logits, [make_row(make_spec(bad_words=every, **fields))]).packed
+        assert 0 <= packed[0, 0] < VOCAB and packed[0, 1] == 1
+
+
+def test_words_longer_than_the_history_empty_ones_and_foreign_ids_ban_nothing(
+    sampler: Sampler, logits: torch.Tensor
+) -> None:
+    best = int(logits.argmax())
+    spec = make_spec(
+        bad_words=[[9] * 40 + [best], [], [VOCAB], [VOCAB + 7]],
+        stop_token_ids=[VOCAB, 2 * VOCAB],
+        eos_token_ids=[VOCAB + best],
+        logit_bias={VOCAB + 1: 100.0},
+        min_tokens=5,
+    )
+    # A foreign id in the first row must not reach into the second one either.
+    rows = [make_row(spec), make_row(make_spec())]
+    assert sampler.sample(logits.expand(2, -1), rows).packed[:, 0].tolist() == [best, best]
+
+
+def test_a_bias_on_an_end_token_does_not_undo_min_tokens(sampler: Sampler, logits: torch.Tensor) -> None:
+    spec = make_spec(eos_token_ids=[6], logit_bias={6: 100.0}, min_tokens=2)
+    assert sampler.sample(logits, [make_row(spec, history=(1, 2, 3, 5))]).packed[0, 0] != 6
+    assert sampler.sample(logits, [make_row(spec, history=(1, 2, 3, 5, 7))]).packed[0, 0] == 6
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-40}, {"temperature": 1e-9}, {"top_p": 1e-12, "temperature": 1.0}]
+)
+def test_extreme_settings_are_greedy(sampler: Sampler, logits: torch.Tensor, fields: dict[str, float]) -> None:
+    seen = draw(sampler, logits, make_spec(seed=3, **fields), 200)
+    assert seen[logits.argmax()] == 1.0
+
+
+def test_a_top_k_past_the_vocabulary_is_off_and_leaves_its_neighbours_alone(
+    sampler: Sampler, logits: torch.Tensor
+) -> None:
+    free = make_spec(temperature=3.0, seed=5)
+    wide, narrow = (make_spec(temperature=3.0, seed=5, top_k=top_k) for top_k in (2**31 - 1, 2))
+    rows = [make_row(spec, position=position) for position in range(200) for spec in (free, wide, narrow)]
+    tokens = sampler.sample(logits.expand(len(rows), -1), rows).packed[:, 0].view(-1, 3)
+    assert torch.equal(tokens[:, 0], tokens[:, 1])
+    assert set(tokens[:, 2].tolist()) <= set(logits[0].topk(2).indices.tolist())
+
+
+def test_seeds_use_all_64_bits_and_choices_differ(sampler: Sampler) -> None:
+    flat = torch.zeros(1, VOCAB)
+    seeds = (0, 1, 2**63 - 1, 2**63, 2**64 - 1)
+    rows = [
+        make_row(make_spec(temperature=1.0, seed=seed), choice=choice, position=position)
+        for seed in seeds
+        for choice in range(3)
+        for position in range(12)
+    ]
+    tokens = sampler.sample(flat.expand(len(rows), -1), rows).packed[:, 0].view(len(seeds) * 3, 12)
+    assert len({tuple(row) for row in tokens.tolist()}) == len(seeds) * 3
+
+
+def test_counts_follow_a_growing_history(sampler: Sampler) -> None:
+    generator = torch.Generator().manual_seed(2)
+    history = torch.randint(0, VOCAB, (300,), generator=generator).tolist()
+    spec = make_spec(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.1)
+    flat = torch.ones(1, VOCAB)
+    for length in (1, 40, 41, 200, 300):
+        adjusted = sampler._adjust(flat, [make_row(spec, history=tuple(history[:length]), prompt=40)], [spec])[0]
+        output = history[40:length]
+        for token in range(VOCAB):
+            wanted = 1 / 1.2 if token in history[:length] else 1.0
+            wanted -= 0.1 * output.count(token) + 0.4 * (token in output)
+            assert float(adjusted[token]) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [9, 30, 49])
+def test_a_large_top_k_is_searched_and_keeps_the_same_tokens(
+    sampler: Sampler, logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch, top_k: int
+) -> None:
+    specs = [make_spec(temperature=2.0, seed=4, top_k=k, top_p=0.9) for k in (top_k, 3, 0)]
+    rows = [make_row(spec, position=position) for position in range(150) for spec in specs]
+    batch = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(top_k)) * 3
+    batch[::7, :20] = -math.inf  # fewer tokens than k are left
+    sorted_best = sampler.sample(batch, rows).packed[:, 0]
+    monkeypatch.setattr("loramux_server.engine.sampler._SORTED_TOP_K", 8)
+    assert torch.equal(sampler.sample(batch, rows).packed[:, 0], sorted_best)
+    alone = [int(sampler.sample(batch[i : i + 1], rows[i : i + 1]).packed[0, 0]) for i in range(0, 60)]
+    assert alone == sorted_best[:60].tolist()

@@ -290,6 +290,19 @@ async def test_a_commit_that_fails_gives_the_bytes_back_to_the_upload(
 # --- deletion --------------------------------------------------------------------------------------------------------
 
 
+async def test_a_commit_counts_although_its_left_overs_stay(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    await life.upload("v1")
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStore, "discard_upload", _away)
+        made = await life.upload("v1", "other")
+    assert life.cycle.table.state_of(T, AdapterReference(tenant=T, adapter="other")).versions == (made,)
+    assert ("put_version", made.key) in life.engine.journal
+
+
+def _away(*_: object) -> None:
+    raise Unavailable(Reason.STORE_UNAVAILABLE, "the store is away")
+
+
 async def test_a_deleted_version_leaves_the_store_when_the_engine_is_done(life: Life) -> None:
     await life.upload("v1")
     await life.upload("v2")
@@ -456,6 +469,20 @@ async def test_unload_does_not_wait_for_running_requests(life: Life) -> None:
     assert life.cycle.table.residency(key_of("v1")).level == "store"
 
 
+async def test_repeated_unloads_do_not_pile_up(life: Life) -> None:
+    await life.upload("v1")
+    life.cycle.on_version_state(VersionStateEvent(version=key_of("v1"), residency="gpu", references=1))
+    life.engine.gate = asyncio.Event()
+    for _ in range(3):
+        assert len(await life.cycle.unload(T, BOT)) == 1
+    assert life.engine.journal.count(("unload", key_of("v1"))) == 1
+    life.engine.gate.set()
+    await life.settle()
+    life.cycle.on_version_state(VersionStateEvent(version=key_of("v1"), residency="gpu", references=0))
+    await life.cycle.unload(T, BOT)
+    assert life.engine.journal.count(("unload", key_of("v1"))) == 2
+
+
 async def test_preload_without_an_engine_is_refused(life: Life) -> None:
     await life.upload("v1")
     life.engine.error = Unavailable(Reason.ENGINE_UNAVAILABLE, "restarting")
@@ -463,6 +490,17 @@ async def test_preload_without_an_engine_is_refused(life: Life) -> None:
         await life.cycle.preload(T, version("v1"))
     with pytest.raises(NotFound):
         await life.cycle.preload("acme", version("v1"))
+
+
+async def test_a_revision_is_waited_for_and_not_for_long(life: Life) -> None:
+    table = life.cycle.table
+    assert await table.reaches(0, 0.0)
+    waiting = asyncio.create_task(table.reaches(1, 5.0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await life.upload("v1")
+    assert await waiting
+    assert not await table.reaches(2, 0.01)
 
 
 async def test_a_lost_engine_holds_nothing(life: Life) -> None:

@@ -1,7 +1,9 @@
 import asyncio
 import hashlib
 import os
+import shutil
 import time
+import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from loramux_server.errors import (
     Unavailable,
 )
 from loramux_server.lora.upload_request import UploadLimits
-from loramux_server.lora.uploads import UploadSession, UploadSessions, ValidatedAdapter
+from loramux_server.lora.upload_session import UploadSession, ValidatedAdapter
+from loramux_server.lora.uploads import UploadSessions
 from loramux_server.tenancy.records import FileRecord, VersionRecord, VersionState
 from loramux_server.tenancy.store import LocalStore
 from tests.support.lifecycle_doubles import CONFIG, FakeValidator, digest_of, upload_request
@@ -184,6 +187,16 @@ async def test_what_validation_refuses_stays_refused_and_leaves_no_bytes(uploads
     await uploads.finish(await uploads.upload())
 
 
+async def test_a_kept_refusal_holds_nothing_of_the_calls_that_got_it(uploads: Uploads) -> None:
+    uploads.validator.error = FailedPrecondition(Reason.ADAPTER_NUMERICS, "a tensor holds NaN")
+    upload_id = await uploads.upload()
+    depths = set()
+    for _ in range(4):
+        error = await refused(uploads.finish(upload_id), FailedPrecondition, Reason.ADAPTER_NUMERICS)
+        depths.add(len(list(traceback.walk_tb(error.__traceback__))))
+    assert max(depths) < 8 and len(depths) <= 2
+
+
 async def test_a_passing_failure_can_be_retried(uploads: Uploads) -> None:
     uploads.validator.error = Unavailable(Reason.STORE_UNAVAILABLE, "the worker died")
     upload_id = await uploads.upload()
@@ -262,6 +275,80 @@ async def test_concurrent_starts_cannot_pass_the_quota_together(uploads: Uploads
     )
     assert sum(not isinstance(outcome, BaseException) for outcome in outcomes) == 2
     assert len(uploads.left()) == 2
+
+
+async def test_a_second_start_waits_until_the_first_has_opened(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = LocalStore.new_upload
+
+    def slow(store: LocalStore) -> Path:
+        time.sleep(0.05)
+        return real(store)
+
+    monkeypatch.setattr(LocalStore, "new_upload", slow)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of somebody else")
+    first = asyncio.create_task(uploads.sessions.start(T, upload_request(DATA)))
+    await asyncio.sleep(0)
+    second = await uploads.sessions.start(T, upload_request(DATA))
+    await uploads.send(second.upload_id, DATA)
+    assert (await first).upload_id == second.upload_id
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"of somebody else"
+    await uploads.finish(second.upload_id)
+
+
+async def test_a_caller_that_leaves_a_start_leaves_no_stray_directory(uploads: Uploads) -> None:
+    for _ in range(5):
+        start = asyncio.create_task(uploads.sessions.start(T, upload_request(DATA)))
+        await asyncio.sleep(0)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+    resumed = await uploads.sessions.start(T, upload_request(DATA))
+    assert len(uploads.left()) == 1
+    await uploads.send(resumed.upload_id, DATA)
+    await uploads.finish(resumed.upload_id)
+
+
+async def test_a_start_that_fails_leaves_neither_place_nor_directory(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", _full_disk)
+        await refused(uploads.sessions.start(T, upload_request(DATA)), Unavailable, Reason.STORE_UNAVAILABLE)
+    assert uploads.left() == []
+    for name in (b"a", b"b"):
+        await uploads.sessions.start(T, upload_request(name))
+
+
+async def test_an_expired_upload_that_cannot_be_removed_bothers_nobody_else(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = await uploads.sessions.start(T, upload_request(DATA))
+    stays = uploads.left()
+    uploads.now = 4600.0
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", _full_disk)
+        await uploads.sessions.start("acme", upload_request(b"x"))
+    await refused(uploads.sessions.get(T, old.upload_id), NotFound, Reason.UPLOAD_NOT_FOUND)
+    for directory in stays:
+        uploads.store.discard_upload(directory)
+
+
+async def test_bytes_for_an_upload_that_has_just_gone_are_refused_as_such(uploads: Uploads) -> None:
+    started = await uploads.sessions.start(T, upload_request(DATA))
+    session = uploads.sessions._sessions[started.upload_id]
+    with session.lock:
+        write = asyncio.create_task(uploads.sessions.write(T, started.upload_id, 0, DATA[:1024]))
+        await asyncio.sleep(0.01)
+        session.closed = True
+    await refused(write, NotFound, Reason.UPLOAD_NOT_FOUND)
+    session.closed = False
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 async def test_an_upload_ends_after_its_hour(uploads: Uploads) -> None:

@@ -23,7 +23,8 @@ from loramux_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from loramux_server.lora.uploads import AdapterValidator, ValidatedAdapter
+from loramux_server.lora.upload_session import ValidatedAdapter
+from loramux_server.lora.uploads import AdapterValidator
 from loramux_server.lora.validation import ServedBase, ValidationWorker, WorkerLimits
 from tests.support.adapters import tensor_name, tensors_of, tiny_base, write_adapter, write_base
 

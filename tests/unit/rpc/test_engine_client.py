@@ -7,9 +7,10 @@ import pytest
 
 from loramux_server.engine import messages as wire
 from loramux_server.errors import LoramuxServerError, Reason
-from loramux_server.rpc.engine_client import EngineClient, _frame_length, engine_unavailable
+from loramux_server.rpc import engine_client as module
+from loramux_server.rpc.engine_client import EngineClient, _frame_length
 from loramux_server.rpc.request_stream import RequestStream
-from tests.support.scripted_engine import ScriptedEngines
+from tests.support.scripted_engine import Script, ScriptedEngines
 
 
 def tokens(index: int, first: int, *ids: int, top: int = 0) -> wire.Tokens:
@@ -44,14 +45,14 @@ async def test_merged_events_stay_small_enough_for_a_message() -> None:
 async def test_a_failed_stream_gives_what_waits_then_the_error() -> None:
     stream = RequestStream("r")
     stream.push(tokens(0, 0, 1))
-    stream.fail(engine_unavailable("it died"))
+    stream.fail(EngineClient().unavailable("it died"))
     assert len(await stream.read()) == 1
     with pytest.raises(LoramuxServerError) as error:
         await stream.read()
     assert error.value.reason is Reason.ENGINE_UNAVAILABLE
     finished = RequestStream("r")
     finished.push(wire.Done(request_id="r", status="finished"))
-    finished.fail(engine_unavailable("too late"))
+    finished.fail(EngineClient().unavailable("too late"))
     assert isinstance((await finished.read())[0], wire.Done)
 
 
@@ -108,3 +109,55 @@ async def test_without_an_engine_requests_are_refused_and_tables_wait_for_the_re
     client.put_alias(wire.AliasSpec(alias="a", targets=[], revision=1))
     assert client._outbox == []
     client.check_integrity()
+
+
+async def test_an_engine_that_is_silent_with_work_in_flight_is_hung_and_one_that_is_idle_is_not() -> None:
+    engines = ScriptedEngines(lambda add: Script(hold=asyncio.Event()))
+    engine = await engines(1)
+    client = EngineClient(hang_seconds=0.2)
+    await client.attach(engine.sock, 1)
+    await client.wait_ready()
+    client.open([])
+    lost = asyncio.create_task(client.wait_lost())
+    await asyncio.sleep(0.5)
+    assert not lost.done() and not client.hung, "nothing is in flight"
+    stream = client.submit(add("a", 1))
+    for _ in range(10):
+        await asyncio.sleep(0.05)
+        await engine.send()
+    assert not lost.done(), "it speaks"
+    async with asyncio.timeout(10):
+        assert "silent for 0.2 s" in await lost
+    assert client.hung
+    client.detach("the engine is restarting")
+    with pytest.raises(LoramuxServerError):
+        await stream.read()
+    engine.kill()
+
+
+async def test_a_retry_is_advised_for_when_the_next_engine_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    client = EngineClient()
+    assert client.unavailable().retry_after == 5.0
+
+    async def start(epoch: int, seconds: float) -> None:
+        nonlocal now
+        ours, theirs = socket.socketpair()
+        with theirs:
+            await client.attach(ours, epoch)
+            now += seconds
+            client.open([])
+            client.detach("the engine is restarting")
+
+    await start(1, 12.0)
+    assert client.unavailable().retry_after == 12.0
+    now += 4.0
+    assert client.unavailable().retry_after == 8.0
+    now += 60.0
+    assert client.unavailable().retry_after == 1.0
+    await start(2, 600.0)
+    assert client.unavailable().retry_after == 30.0
+    client.shutdown()
+    error = client.unavailable()
+    assert (error.reason, error.retry_after) == (Reason.DRAINING, 1.0)

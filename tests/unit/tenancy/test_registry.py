@@ -9,6 +9,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from sqlalchemy import insert
+from sqlalchemy.exc import IntegrityError
 
 from loramux_server.errors import (
     Conflict,
@@ -19,6 +21,7 @@ from loramux_server.errors import (
     Reason,
     ResourceExhausted,
 )
+from loramux_server.tenancy import schema
 from loramux_server.tenancy.changes import RegistryLimits
 from loramux_server.tenancy.idempotency import KEEP_SECONDS, IdempotencyKey
 from loramux_server.tenancy.names import AdapterReference
@@ -364,8 +367,38 @@ def test_recovery_names_what_the_registry_made_and_nothing_uses(registry: Regist
     assert registry.begin_object(T, digest_of("v1")) is True
     assert set(registry.recover()) == {(T, digest_of("draining")), (T, digest_of("crashed"))}
     registry.forget_objects()
-    assert registry.recover() == [(T, digest_of("draining"))]
+    assert registry.recover() == []
     assert registry.get_version(version("draining")).state is VersionState.DELETED
+
+
+def test_an_object_is_noted_until_it_has_left_the_store(registry: Registry) -> None:
+    registry.commit_version(new_version())
+    registry.delete_version(version("v1"))
+    assert registry.finish_drain(T, "bot", digest_of("v1")) is True
+    assert registry.recover() == [(T, digest_of("v1"))]
+    registry.abandon_object(T, digest_of("v1"))
+    assert registry.recover() == []
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_nothing_is_remembered_of_a_deleted_adapter(registry: Registry, crash: bool) -> None:
+    registry.commit_version(new_version())
+    registry.commit_version(new_version(content="v2"))
+    registry.delete_version(version("v2"))
+    registry.finish_drain(T, "bot", digest_of("v2"))
+    registry.delete_adapter(T, "bot")
+    if crash:
+        assert (T, digest_of("v1")) in registry.recover()
+    else:
+        assert registry.finish_drain(T, "bot", digest_of("v1")) is True
+    for content in ("v1", "v2"):
+        with pytest.raises(NotFound):
+            registry.get_version(version(content))
+
+
+def test_a_bug_of_ours_is_not_reported_as_an_outage(registry: Registry) -> None:
+    with pytest.raises(IntegrityError), registry._database.write() as connection:
+        connection.execute(insert(schema.state).values(id=1, schema_version=1, revision=0))
 
 
 def test_a_commit_settles_the_note_of_its_object(registry: Registry) -> None:

@@ -1,0 +1,77 @@
+"""Training on CUDA: 4-bit base, bfloat16 products, float32 adapter; the adapter means the same on the CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from loramux_server.model.quantize import quantize_checkpoint
+from loramux_trainer.assess import assess
+from loramux_trainer.base import choose_numerics, load_model, open_base
+from loramux_trainer.config import LoraConfig, RunConfig
+from loramux_trainer.lora import add_lora
+from loramux_trainer.run import Result, train
+from tests.support.tiny_models import make_checkpoint
+
+TOLERANCE = 0.05
+"""Nats a token, on average: bfloat16 against float32."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("base")
+    return quantize_checkpoint(make_checkpoint(root / "dense", "qwen2", hidden=256, layers=4), root / "nf4")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"dialogue": [{"user": f"Order {n}?", "assistant": f"Order {n} is on its way."}]} for n in range(120)]
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _train(base: Path, data: Path, output: Path, **settings: Any) -> Result:
+    config = RunConfig.model_validate(
+        {
+            "base": base,
+            "output": output,
+            "device": "cuda",
+            "data": {"train": [data]},
+            "lora": {"r": 8, "alpha": 16},
+            "train": {"epochs": 3.0, "batch_size": 8, "learning_rate": 2e-3, "eval_steps": 14, **settings},
+        }
+    )
+    return train(config, console=Console(quiet=True))
+
+
+def test_the_base_stays_in_four_bits_and_the_adapter_in_float32(base: Path) -> None:
+    numerics = choose_numerics("cuda")
+    model = add_lora(load_model(open_base(base), numerics), LoraConfig(r=8), seed=1)
+    quantized = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and hasattr(module, "quant_type")
+    ]
+    assert len(quantized) == 28
+    assert {module.compute_dtype for module in quantized} == {torch.bfloat16}
+    assert {module.weight.dtype for module in quantized} == {torch.uint8}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 56
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    assert {parameter.dtype for parameter in frozen} == {torch.uint8, torch.bfloat16}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_it_learns_and_means_the_same_on_the_cpu(base: Path, data: Path, tmp_path: Path, optimizer: str) -> None:
+    result = _train(base, data, tmp_path / "run", optimizer=optimizer)
+    evaluation = result.manifest["evaluation"]
+    assert evaluation["adapter"]["loss"] < evaluation["base"]["loss"] - 1
+    assert result.manifest["numerics"] == {"base": "nf4", "compute": "bfloat16", "adapter": "float32"}
+    there, here = (assess(result.adapter, base, [data], device=device, batch_size=16) for device in ("cuda", "cpu"))
+    assert there.base.loss == pytest.approx(here.base.loss, abs=TOLERANCE)
+    assert there.adapter.loss == pytest.approx(here.adapter.loss, abs=TOLERANCE)
+    assert there.base.total.tokens == here.base.total.tokens
