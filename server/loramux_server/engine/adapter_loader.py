@@ -1,6 +1,8 @@
 """Adapter residency on the device: fills slab rows from adapter directories without holding up the step loop."""
 
 import concurrent.futures
+import errno
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -118,7 +120,7 @@ class AdapterLoader:
                 self._slab.load(slot, first_unit, units, Path(version_path))
             self._stream.synchronize()
         except AdapterFormatError as error:
-            raise _incompatible(error) from error
+            raise _refusal(error, version_path) from error
         except OSError as error:
             raise _unreadable(error) from error
 
@@ -126,7 +128,7 @@ class AdapterLoader:
         try:
             return read_layout(Path(version_path), self._shapes, max_rank=self._max_rank).rank_units
         except AdapterFormatError as error:
-            raise _incompatible(error) from error
+            raise _refusal(error, version_path) from error
         except OSError as error:
             raise _unreadable(error) from error
 
@@ -168,7 +170,10 @@ class NoAdapters:
         """Nothing runs."""
 
 
-def _incompatible(error: AdapterFormatError) -> LoramuxServerError:
+def _refusal(error: AdapterFormatError, version_path: str) -> LoramuxServerError:
+    if not Path(version_path).is_dir():
+        # It was validated once, so it is the store that is away, not the adapter that is wrong.
+        return _unreadable(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
     return FailedPrecondition(Reason(error.reason), error.message, field=error.field)
 
 

@@ -1,6 +1,7 @@
 """Sizes the KV pool: what is left of the device once weights, slab and the largest step have had their share."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -96,6 +97,15 @@ def allocate_kv(
 
     Zeros, not uninitialised memory: the trash page is read by padded rows, and masked loads must not meet signalling
     patterns from elsewhere on the device.
+
+    Raises:
+        NotEnoughMemory: The device has no room for so many pages.
     """
     shape = (pages + 1, 2, page_size, spec.num_kv_heads, spec.head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+    try:
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError of the allocator on CPU
+        size = math.prod(shape) * dtype.itemsize * spec.num_layers / 2**30
+        raise NotEnoughMemory(
+            f"the KV pool of {pages} pages needs {size:.1f} GiB on {device.type}, more than there is: lower --kv-pages"
+        ) from error

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 _WARM_UP = SamplingSpec(max_tokens=1, temperature=0.7, top_k=20, top_p=0.9, logprobs=1)
 
 
+class NoDevice(ValueError):
+    """The device asked for is not there; the server refuses to start."""
+
+
 def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> ModelRunner:
     """Load, size, warm up.
 
@@ -36,6 +40,7 @@ def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> Mod
         record: Makes the graphs of forward passes; None = CUDA graphs where the device and the settings allow them.
 
     Raises:
+        NoDevice: CUDA was asked for and is not there.
         BadModelLength: `max_model_len` is out of the model's range.
         ModelLoadError: The checkpoint cannot be served.
         UnsupportedModel: Its architecture or a flag is not supported.
@@ -103,6 +108,11 @@ def _residency(
 def _device(config: EngineConfig) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise NoDevice(
+            f"device: cuda was asked for, but torch {torch.__version__} finds no CUDA device here; use --device cpu or "
+            "auto, or install a torch with CUDA and check nvidia-smi"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,8 @@ from loramux_server.errors import (
     Unavailable,
 )
 from loramux_server.lora import worker_messages as wire
+
+_log = logging.getLogger(__name__)
 
 # The worker reads hostile files: it gets nothing of the environment that it does not need.
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
@@ -60,6 +63,10 @@ class WorkerLimits:
     cpu_seconds: int = 120
     memory_bytes: int = 2 << 30
     queued: int = 32
+
+
+class _WorkerDied(Exception):
+    """The worker ended in the middle of a validation."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -143,7 +150,7 @@ class ValidationWorker:
             ResourceExhausted: QUEUE_FULL, too many validations wait.
             Expired: It took longer than the limit.
             Unavailable: The files cannot be read now, or the server is shutting down.
-            Internal: The worker died.
+            Internal: The worker died, and so did the one after it.
         """
         if self._inside >= self._limits.queued:
             raise ResourceExhausted(
@@ -154,7 +161,17 @@ class ValidationWorker:
         self._inside += 1
         try:
             async with self._turn:
-                return await self._validate(directory)
+                try:
+                    return await self._validate(directory)
+                except _WorkerDied:
+                    # Killed from outside, perhaps; a directory that kills workers does it again.
+                    _log.warning("the process that validates adapters died; trying once more on a new one")
+                try:
+                    return await self._validate(directory)
+                except _WorkerDied as error:
+                    raise Internal(
+                        Reason.INTERNAL, "the process that validates adapters died twice; report it if it persists"
+                    ) from error
         finally:
             self._inside -= 1
 
@@ -191,9 +208,7 @@ class ValidationWorker:
         except (OSError, EOFError, msgspec.MsgspecError, wire.WorkerFrameError) as error:
             if self._closed:
                 raise _closing() from error
-            raise Internal(
-                Reason.INTERNAL, "the process that validates adapters died; retry, and report it if it persists"
-            ) from error
+            raise _WorkerDied from error
         finally:
             if not answered:
                 # Whatever it is busy with belongs to nobody any more, also when the caller was cancelled.

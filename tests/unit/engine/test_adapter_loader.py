@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramux_base.adapter import AdapterLayout, base_shapes, read_layout
+from loramux_base.adapter import AdapterFormatError, AdapterLayout, base_shapes, read_layout
 from loramux_base.checkpoint import read_json
 from loramux_server.engine import adapter_loader
-from loramux_server.engine.adapter_loader import AdapterLoader
+from loramux_server.engine.adapter_loader import AdapterLoader, _refusal
 from loramux_server.errors import FailedPrecondition, Reason, Unavailable
 from loramux_server.model.slab import LoraSlab
 from tests.support.tiny_models import make_adapter, make_checkpoint
@@ -70,9 +70,10 @@ def test_asking_does_not_wait_for_the_reading(
 
 
 def test_a_refusal_is_told_and_the_files_are_read_again(loader: AdapterLoader, tmp_path: Path) -> None:
-    path = tmp_path / "later"
+    path = tmp_path / "empty"
+    path.mkdir()
     for _ in range(2):
-        with pytest.raises(FailedPrecondition, match="not a directory") as caught:
+        with pytest.raises(FailedPrecondition) as caught:
             eventually(lambda: loader.units_of(str(path)))
         assert caught.value.reason is Reason.ADAPTER_INCOMPATIBLE
 
@@ -106,3 +107,9 @@ def test_the_sizes_that_are_kept_are_bounded(
     for name in ("a", "b", "c", "c", "a"):
         assert eventually(lambda name=name: loader.units_of(name)) == 2  # type: ignore[misc]
     assert reads == [Path(name) for name in ("a", "b", "c", "a")]
+
+
+def test_a_store_that_is_away_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
+    error = AdapterFormatError("ADAPTER_INCOMPATIBLE", "adapter", "the adapter is not a directory")
+    assert _refusal(error, str(tmp_path / "away")).reason is Reason.STORE_UNAVAILABLE
+    assert _refusal(error, str(tmp_path)).reason is Reason.ADAPTER_INCOMPATIBLE

@@ -8,10 +8,10 @@ import torch
 
 from loramux_base.checkpoint import read_json
 from loramux_server.engine.config import EngineConfig
-from loramux_server.engine.memory import BadModelLength, KvPlan, NotEnoughMemory, plan_kv
-from loramux_server.engine.runner import build_runner
+from loramux_server.engine.memory import BadModelLength, KvPlan, NotEnoughMemory, allocate_kv, plan_kv
+from loramux_server.engine.runner import NoDevice, build_runner
 from loramux_server.model.spec import ModelSpec
-from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_models import make_checkpoint, make_config
 
 POSITIONS = 64
 
@@ -63,3 +63,15 @@ def test_small_settings_warm_up(base: Path, fields: dict[str, int]) -> None:
     }
     assert all(len(value) == 64 for value in parts.values())
     assert dataclasses.asdict(plan(base, kv_tokens=256))["pages"] == 64
+
+
+def test_a_pool_past_the_memory_names_its_flag() -> None:
+    spec = ModelSpec.from_config(make_config("qwen2").to_diff_dict())
+    with pytest.raises(NotEnoughMemory, match=r"9000000000000 pages needs .* GiB on cpu.*--kv-pages"):
+        allocate_kv(spec, pages=9_000_000_000_000, page_size=16, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(NoDevice, match="--device cpu"):
+        build_runner(EngineConfig(model="nowhere", device="cuda"))

@@ -23,9 +23,10 @@ from loramux_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from loramux_server.lora import worker_messages as wire
 from loramux_server.lora.upload_session import ValidatedAdapter
 from loramux_server.lora.uploads import AdapterValidator
-from loramux_server.lora.validation import ServedBase, ValidationWorker, WorkerLimits
+from loramux_server.lora.validation import ServedBase, ValidationWorker, WorkerLimits, _Worker
 from tests.support.adapters import tensor_name, tensors_of, tiny_base, write_adapter, write_base
 
 BASE = tiny_base()
@@ -220,12 +221,29 @@ async def test_a_dead_worker_is_started_again(tmp_path: Path) -> None:
         task = asyncio.create_task(worker.validate(good))
         await asyncio.sleep(0.05)
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(Internal, match="died"):
-            await task
-        await worker.validate(good)
+        await task  # The validation was tried again on the new worker.
+        assert worker.starts == 2
         assert worker._worker is not None
         os.kill(worker._worker.process.pid, signal.SIGKILL)
         await worker._worker.process.wait()
+        await worker.validate(good)
+        assert worker.starts == 3
+
+
+async def test_a_directory_that_kills_every_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = write_adapter(tmp_path / "good", tensors_of(BASE))
+    async with running(tmp_path) as worker:
+        ask = _Worker.ask
+
+        async def killed(self: _Worker, request: wire.ValidateAdapter) -> wire.Answer:
+            self.process.kill()
+            await self.process.wait()
+            return await ask(self, request)
+
+        monkeypatch.setattr(_Worker, "ask", killed)
+        with pytest.raises(Internal, match="died twice"):
+            await worker.validate(good)
+        monkeypatch.undo()
         await worker.validate(good)
         assert worker.starts == 3
 
@@ -307,14 +325,18 @@ async def test_processor_time_is_bounded() -> None:
         assert await process.wait() == -signal.SIGXCPU
 
 
-@pytest.mark.parametrize("limits", [WorkerLimits(memory_bytes=48 << 20), WorkerLimits(start_seconds=0.001)])
-async def test_a_worker_that_does_not_start_is_reported(tmp_path: Path, limits: WorkerLimits) -> None:
+@pytest.mark.parametrize(
+    ("limits", "attempts"),
+    # The first starts and dies of its own limit, which is tried twice; the second never starts.
+    [(WorkerLimits(memory_bytes=48 << 20), 2), (WorkerLimits(start_seconds=0.001), 1)],
+)
+async def test_a_worker_that_does_not_start_is_reported(tmp_path: Path, limits: WorkerLimits, attempts: int) -> None:
     good = write_adapter(tmp_path / "good", tensors_of(BASE))
     async with running(tmp_path, limits=limits) as worker:
         for _ in range(2):
             with pytest.raises(Internal, match="does not start|died"):
                 await worker.validate(good)
-        assert worker.starts == 2
+        assert worker.starts == 2 * attempts
         assert worker._worker is None
 
 
