@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "setup needs Python 3.11 or newer, $(PYTHON) is older: make setup PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[server,dev,otel]'
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[server,trainer,dev,otel]'
 	@touch $@
 
 serve: $(STAMP) ## Serve MODEL on 127.0.0.1:PORT

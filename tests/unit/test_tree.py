@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROTOS = sorted((ROOT / "protos" / "loramux" / "v1").glob("*.proto"))
 GENERATED = ROOT / "client" / "loramux" / "v1"
-OWN_PACKAGES = ("client/loramux", "server/loramux_base", "server/loramux_server")
+OWN_PACKAGES = ("client/loramux", "server/loramux_base", "server/loramux_server", "trainer/loramux_trainer")
 
 
 def sources() -> list[Path]:
@@ -170,6 +170,9 @@ VIOLATIONS = [
     ("the SDK is small", "client/loramux/v1/__init__.py", "import numpy"),
     ("the SDK is small", "client/loramux/v1/__init__.py", "import loramux_base"),
     ("the shared package", "server/loramux_base/__init__.py", "import loramux_server.errors"),
+    ("the trainer imports the SDK to publish", "trainer/loramux_trainer/errors.py", "import loramux_server.errors"),
+    ("only publish uses the SDK", "trainer/loramux_trainer/errors.py", "import loramux"),
+    ("training data is read without torch", "trainer/loramux_trainer/data/__init__.py", "import torch"),
 ]
 
 
@@ -181,7 +184,7 @@ class TestImportContracts:
             [sys.executable, "-c", program, "--no-cache"],
             check=False,
             cwd=tree,
-            env={"PYTHONPATH": f"{tree / 'client'}:{tree / 'server'}", "COLUMNS": "200"},
+            env={"PYTHONPATH": f"{tree / 'client'}:{tree / 'server'}:{tree / 'trainer'}", "COLUMNS": "200"},
             capture_output=True,
             text=True,
             timeout=60,

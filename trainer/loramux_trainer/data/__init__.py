@@ -1,0 +1,1 @@
+"""Training data: reading, checking, splitting, rendering and labels."""
