@@ -239,6 +239,12 @@ async def test_text_of_deltas_is_the_text_of_the_tokens(server: RealServer) -> N
         assert len(deltas) > 1
 
 
+async def test_prompt_logprobs_of_a_prompt_of_one_token(server: RealServer) -> None:
+    async with AsyncClient(server.address) as client:
+        [entry] = (await _greedy(client, [7], max_tokens=2, prompt_logprobs=3)).prompt_logprobs
+    assert (entry.token.token_id, entry.token.logprob, list(entry.top)) == (7, None, [])
+
+
 async def test_prompt_logprobs_of_a_long_prompt(server: RealServer) -> None:
     ids = random.Random(601).choices(range(3, 500), k=1900)
     async with AsyncClient(server.address) as client:

@@ -135,7 +135,13 @@ class Generation:
         if isinstance(event, wire.SequenceFinished):
             return self._on_sequence_finished(event)
         if isinstance(event, wire.Started):
-            return [self._on_started(event)]
+            started = self._on_started(event)
+            prompt = self.add.prompt_token_ids
+            if self.add.sampling.prompt_logprobs is None or len(prompt) > 1:
+                return [started]
+            # Nothing follows the only token, so the engine has nothing to say; its own entry has no log-probability.
+            chunk = pb.PromptLogprobs(positions=[pb.PositionLogprobs(token=self._token(prompt[0], None))])
+            return [started, pb.GenerateResponse(prompt_logprobs=chunk)]
         if isinstance(event, wire.PromptLogprobs):
             return self._on_prompt_logprobs(event)
         assert isinstance(event, wire.Done)
