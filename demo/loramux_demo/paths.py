@@ -1,0 +1,9 @@
+"""Where the wheel keeps the base and the tenants' adapters."""
+
+from pathlib import Path
+
+BASE = Path(__file__).parent / "base"
+"""The quantized base: a whole model directory."""
+
+ADAPTERS = Path(__file__).parent / "adapters"
+"""One adapter directory a data set of `tenants.TENANTS`."""
