@@ -102,7 +102,8 @@ def write_adapter(directory: Path, shape: Shape, *, rank: int, seed: int, device
         for name, (rows, columns) in _linears(shape).items():
             prefix = f"base_model.model.model.layers.{layer}.{name}."
             a = torch.randn(rank, columns, generator=generator, device=device) * columns**-0.5
-            b = torch.randn(rows, rank, generator=generator, device=device) * 0.01
+            # Strong enough for its answers to be told from the base's.
+            b = torch.randn(rows, rank, generator=generator, device=device) * 0.05
             tensors[prefix + "lora_A.weight"] = a.to(torch.bfloat16).cpu()
             tensors[prefix + "lora_B.weight"] = b.to(torch.bfloat16).cpu()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
