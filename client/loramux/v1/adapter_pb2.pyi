@@ -493,7 +493,9 @@ class AdapterUpload(_message.Message):
     """Id of the replica that answered. Always set."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When the upload is dropped: 1 h after its start. Always set."""
+        """When the upload is dropped: 1 h after its start, or before, when nothing was written to it for a minute and another
+        upload of the tenant finds no room otherwise. Always set.
+        """
 
     def __init__(
         self,

@@ -1339,7 +1339,9 @@ class DetokenizeRequest(_message.Message):
     """Whether special tokens are left out of the text. Absent: true."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The token ids, each below Model.vocab_size. Empty: the answer is an empty text."""
+        """The token ids, each below Model.vocab_size; at most 131,072, or Model.max_model_len if that is more. Empty: the
+        answer is an empty text.
+        """
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class UploadLimits:
         tenant_bytes: Most bytes of a tenant's uploads in progress.
         ended: Outcomes of a tenant that are kept for repeated calls.
         lifetime: From start until an upload is dropped.
+        idle: Without a write for so long, an upload makes room for another one of its tenant that finds none.
     """
 
     config_bytes: int = 64 * 1024
@@ -40,6 +41,7 @@ class UploadLimits:
     tenant_bytes: int = 8 * 1024**3
     ended: int = 64
     lifetime: float = 3600.0
+    idle: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

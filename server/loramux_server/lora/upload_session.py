@@ -74,6 +74,7 @@ class UploadSession:
         request: What was announced.
         directory: In the store's upload area.
         expire_time: Unix seconds.
+        active_time: Unix seconds of the start or of the last write.
         committed: Bytes written and hashed.
         hasher: sha256 over those.
         linked: The bytes came from a version of the same tenant; their digest was checked then.
@@ -89,6 +90,7 @@ class UploadSession:
     request: UploadRequest
     directory: Path
     expire_time: float
+    active_time: float
     committed: int = 0
     hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     linked: bool = False

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -91,14 +91,8 @@ class UploadSessions:
             Unavailable: STORE_UNAVAILABLE.
         """
         await self.expire()
-        found = next(
-            (
-                item
-                for item in self._sessions.values()
-                if item.tenant == tenant and item.request == request and not item.ended
-            ),
-            None,
-        )
+        await self._make_room(tenant, request)
+        found = next((item for item in self._in_progress(tenant) if item.request == request), None)
         session = found or self._begin(tenant, request)
         assert session.opening is not None, "a session opens before anyone sees it"
         # A caller that leaves meanwhile leaves a whole upload behind, which counts and expires like any other.
@@ -124,6 +118,7 @@ class UploadSessions:
             raise InvalidRequest(
                 Reason.INVALID_PARAMETER, f"upload {upload_id} is complete; finish it", field="upload_id"
             )
+        session.active_time = self._clock()
         await asyncio.to_thread(self._append, session, offset, data)
         return self._view(session)
 
@@ -207,11 +202,35 @@ class UploadSessions:
             request=request,
             directory=Path(),
             expire_time=self._clock() + self._limits.lifetime,
+            active_time=self._clock(),
         )
         self._sessions[session.upload_id] = session
         session.opening = asyncio.ensure_future(asyncio.to_thread(self._open, session))
         session.opening.add_done_callback(functools.partial(self._opened, session))
         return session
+
+    async def _make_room(self, tenant: str, request: UploadRequest) -> None:
+        """Give up abandoned uploads, the longest idle first, if the tenant's new one finds no room otherwise.
+
+        A caller that crashes between start and finish would lock its tenant out for the whole lifetime.
+        """
+        while True:
+            mine = self._in_progress(tenant)
+            if any(item.request == request for item in mine) or self._has_room(mine, request):
+                return
+            since = self._clock() - self._limits.idle
+            idle = [item for item in mine if item.task is None and item.active_time <= since]
+            if not idle:
+                return
+            min(idle, key=lambda item: item.active_time).expire_time = self._clock()
+            await self.expire()
+
+    def _in_progress(self, tenant: str) -> list[UploadSession]:
+        return [item for item in self._sessions.values() if item.tenant == tenant and not item.ended]
+
+    def _has_room(self, mine: Sequence[UploadSession], request: UploadRequest) -> bool:
+        held = sum(item.request.total_bytes for item in mine)
+        return len(mine) < self._limits.uploads and held + request.total_bytes <= self._limits.tenant_bytes
 
     def _opened(self, session: UploadSession, opening: "asyncio.Future[None]") -> None:
         if opening.cancelled() or opening.exception() is not None:
@@ -234,12 +253,12 @@ class UploadSessions:
         )
 
     def _check_quota(self, tenant: str, request: UploadRequest) -> None:
-        mine = [item for item in self._sessions.values() if item.tenant == tenant and not item.ended]
+        mine = self._in_progress(tenant)
         if len(mine) >= self._limits.uploads:
             raise ResourceExhausted(
                 Reason.TENANT_QUOTA,
                 f"the tenant has {len(mine)} uploads in progress, the limit is {self._limits.uploads}; "
-                "finish one first",
+                f"finish one, or wait: one without a write for {self._limits.idle:g} s makes room",
                 metadata={"quota": "uploads", "limit": str(self._limits.uploads)},
                 retry_after=5.0,
             )

@@ -259,6 +259,24 @@ async def test_uploads_belong_to_their_tenant(uploads: Uploads) -> None:
     assert theirs.upload_id != upload_id and theirs.committed_bytes == 0
 
 
+async def test_an_abandoned_upload_makes_room_for_another(uploads: Uploads) -> None:
+    first = await uploads.sessions.start(T, upload_request(b"a" * 1000))
+    second = await uploads.sessions.start(T, upload_request(b"b" * 1000))
+    uploads.now += 59
+    await uploads.sessions.write(T, second.upload_id, 0, b"b" * 10)
+    await refused(uploads.sessions.start(T, upload_request(b"c")), ResourceExhausted, Reason.TENANT_QUOTA)
+    uploads.now += 2
+    again = await uploads.sessions.start(T, upload_request(b"a" * 1000))
+    assert again.upload_id == first.upload_id, "a caller that comes back finds its upload, idle or not"
+    third = await uploads.sessions.start(T, upload_request(b"c"))
+    assert (await uploads.sessions.get(T, second.upload_id)).committed_bytes == 10
+    assert (await uploads.sessions.get(T, third.upload_id)).committed_bytes == 0
+    await refused(uploads.sessions.get(T, first.upload_id), NotFound, Reason.UPLOAD_NOT_FOUND)
+    uploads.now += 61
+    await uploads.sessions.start(T, upload_request(b"d" * 2500))
+    await refused(uploads.sessions.get(T, second.upload_id), NotFound, Reason.UPLOAD_NOT_FOUND)
+
+
 async def test_quota_counts_uploads_and_bytes_of_one_tenant(uploads: Uploads) -> None:
     await uploads.sessions.start(T, upload_request(b"a" * 1000))
     await refused(uploads.sessions.start(T, upload_request(b"b" * 2000)), ResourceExhausted, Reason.TENANT_QUOTA)
