@@ -66,14 +66,7 @@ class Served:
     def __init__(self, arguments: argparse.Namespace, adapters: list[Path]) -> None:
         config = EngineConfig(model=str(arguments.model), weights=arguments.weights, device=arguments.device)
         self.runner = build_runner(config)
-        ready = self.runner.ready
-        self._engine = Engine(
-            config,
-            self.runner,
-            fingerprint=ready.fingerprint,
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-        )
+        self._engine = Engine.serving(config, self.runner, self.runner.ready)
         self._versions: list[str | None] = [None]
         for index, path in enumerate(adapters):
             version = f"tenants/default/adapters/a{index}/versions/0"

@@ -44,14 +44,7 @@ class RealEngine:
 
     def __init__(self, config: EngineConfig, adapters: Sequence[Path] = (), *, record: Recorder | None = None) -> None:
         self.runner = build_runner(config, record=record)
-        ready = self.runner.ready
-        self.engine = Engine(
-            config,
-            self.runner,
-            fingerprint=ready.fingerprint,
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-        )
+        self.engine = Engine.serving(config, self.runner, self.runner.ready)
         self._versions = [f"tenants/default/adapters/a{index}/versions/0" for index in range(len(adapters))]
         self.engine.handle(
             PutVersion(spec=VersionSpec(version=version, digest=version_digest(path), path=str(path)))

@@ -118,13 +118,7 @@ def main(arguments: Sequence[str] | None = None, *, build: Callable[[EngineConfi
             runner = build(config)
         ready = runner.ready
         faults = os.environ.get(VARIABLE)
-        engine = Engine(
-            config,
-            FaultyRunner(runner, Faults.parse(faults)) if faults else runner,
-            fingerprint=ready.fingerprint,
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-        )
+        engine = Engine.serving(config, FaultyRunner(runner, Faults.parse(faults)) if faults else runner, ready)
     except Exception as error:
         logger.exception("the engine could not start")
         print(json.dumps({"startup_error": {"type": type(error).__name__, "message": str(error)}}), file=sys.stderr)

@@ -30,6 +30,7 @@ from loramux_server.engine.messages import (
     Preload,
     PutAlias,
     PutVersion,
+    Ready,
     Shutdown,
     Stats,
     Stop,
@@ -119,6 +120,23 @@ class Engine:
         """Whether `Shutdown` was received: what is left is to flush the events."""
         self.stalled = False
         """Whether the last step launched nothing although requests wait (for a load or for room)."""
+
+    @classmethod
+    def serving(cls, config: EngineConfig, runner: Runner, ready: Ready) -> "Engine":
+        """An engine over the base that `ready` describes.
+
+        Args:
+            config: Settings.
+            runner: The device behind the step contract.
+            ready: What `build_runner` found: fingerprint, longest sequence, vocabulary.
+        """
+        return cls(
+            config,
+            runner,
+            fingerprint=ready.fingerprint,
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+        )
 
     # --- commands --------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from loramux_base.tokenizer_files import TokenizerFileError, read_tokenizer_files
 
 
 class TokenizerError(ValueError):
@@ -67,33 +68,16 @@ class Tokenizer:
         Raises:
             TokenizerError: A file is missing or cannot be parsed.
         """
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise TokenizerError(
-                "the base has no tokenizer.json; convert its tokenizer with transformers' AutoTokenizer.save_pretrained"
-            )
-        data = path.read_bytes()
         try:
-            backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for every parse error
-            raise TokenizerError("tokenizer.json cannot be parsed; save it again with a current version") from error
-        settings = {**_json(directory / "special_tokens_map.json"), **_json(directory / "tokenizer_config.json")}
-        config = _json(directory / "config.json")
-        text = config.get("text_config")
-        model = text if isinstance(text, dict) else config
-        generation = _json(directory / "generation_config.json")
-        bos, eos = _token_id(backend, settings.get("bos_token")), _token_id(backend, settings.get("eos_token"))
-        ends = (
-            _ids(generation.get("eos_token_id")) or _ids(model.get("eos_token_id")) or _ids(config.get("eos_token_id"))
-        )
-        size = model.get("vocab_size", 0)
+            files = read_tokenizer_files(Path(directory))
+        except TokenizerFileError as error:
+            raise TokenizerError(str(error)) from error
         return cls(
-            backend,
-            vocab_size=size if isinstance(size, int) else 0,
-            eos_token_ids=ends if eos is None else [*ends, eos],
-            bos_token_id=bos,
-            digest=hashlib.sha256(data).hexdigest(),
+            files.backend,
+            vocab_size=files.vocab_size,
+            eos_token_ids=files.eos_token_ids,
+            bos_token_id=files.bos_token_id,
+            digest=files.digest,
         )
 
     @functools.cached_property
@@ -166,30 +150,3 @@ class Tokenizer:
     def to_json(self) -> str:
         """The tokenizer as in `tokenizer.json`, without truncation and padding."""
         return self._backend.to_str()
-
-
-def _content(token: Any) -> str | None:
-    value = token.get("content") if isinstance(token, dict) else token
-    return value if isinstance(value, str) else None
-
-
-def _token_id(backend: tokenizers.Tokenizer, token: Any) -> int | None:
-    content = _content(token)
-    return None if content is None else backend.token_to_id(content)
-
-
-def _ids(value: Any) -> list[int]:
-    listed = value if isinstance(value, list) else [value]
-    return [item for item in listed if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path.name} is not valid JSON") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path.name} must hold an object")
-    return value

@@ -8,13 +8,12 @@ something from earlier turns or tokens merge across the border, gets a sequence 
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from loramux_base.template import ChatTemplate, TemplateError
+from loramux_base.tokenizer_files import TokenizerFileError, read_tokenizer_files
 from loramux_trainer.data.conversation import Conversation
 from loramux_trainer.errors import ConfigError
 
@@ -76,30 +75,21 @@ class Codec:
         Raises:
             ConfigError: A file is missing or unreadable, or the base has no template or no stop token.
         """
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(f"{directory}: has no tokenizer.json; give the directory that the server serves")
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every parse error
-            raise ConfigError(f"{path}: cannot be parsed ({error})") from error
+            files = read_tokenizer_files(directory)
+        except TokenizerFileError as error:
+            raise ConfigError(f"{directory}: {error}") from error
         try:
             template = ChatTemplate.from_directory(directory)
         except TemplateError as error:
             raise ConfigError(f"{directory}: {error}") from error
         if not template.available:
             raise ConfigError(f"{directory}: the base has no chat template, so conversations cannot be rendered")
-        settings = {**_json(directory / "special_tokens_map.json"), **_json(directory / "tokenizer_config.json")}
-        config = _json(directory / "config.json")
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-        generation = _json(directory / "generation_config.json")
-        stops = _ids(generation.get("eos_token_id")) or _ids(text.get("eos_token_id") if text else None)
-        named = _token_id(backend, settings.get("eos_token"))
-        stop_ids = frozenset(stops if named is None else [*stops, named])
+        stop_ids = frozenset(files.eos_token_ids)
         if not stop_ids:
             raise ConfigError(f"{directory}: neither configuration nor tokenizer names an end-of-sequence token")
-        pad = _token_id(backend, settings.get("pad_token"))
-        return cls(backend, template, stop_ids=stop_ids, pad_id=min(stop_ids) if pad is None else pad)
+        pad = files.pad_token_id
+        return cls(files.backend, template, stop_ids=stop_ids, pad_id=min(stop_ids) if pad is None else pad)
 
     def encode(self, text: str) -> list[int]:
         """Ids of rendered text, as the server encodes it."""
@@ -175,25 +165,3 @@ class Codec:
 
 def _sequence(ids: list[int], labels: list[int], conversation: Conversation, index: int) -> Sequence:
     return Sequence(input_ids=tuple(ids), labels=tuple(labels), conversation=index, place=conversation.place)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not valid JSON") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold an object")
-    return value
-
-
-def _token_id(backend: tokenizers.Tokenizer, token: Any) -> int | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return backend.token_to_id(content) if isinstance(content, str) else None
-
-
-def _ids(value: Any) -> list[int]:
-    listed = value if isinstance(value, list) else [value]
-    return [item for item in listed if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
