@@ -130,6 +130,7 @@ class Pipeline(grpc.GenericRpcHandler):
         self._endless = endless
         self._running: dict[asyncio.Task[Any], str] = {}
         self._drained: set[asyncio.Task[Any]] = set()
+        self._writing: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -147,7 +148,9 @@ class Pipeline(grpc.GenericRpcHandler):
         for task, name in self._running.items():
             if name in self._endless:
                 self._drained.add(task)
-                task.cancel()
+                # grpc.aio loses the status of a call whose write was cancelled half way: such a call ends after it.
+                if task not in self._writing:
+                    task.cancel()
 
     @property
     def running(self) -> int:
@@ -264,16 +267,22 @@ class Pipeline(grpc.GenericRpcHandler):
     async def _write_all(self, responses: AsyncIterator[Message], context: Context) -> None:
         """Write a response stream; the iterator is closed however this ends, so that its `finally` blocks run."""
         guard = _StallGuard(self._slow_reader, responses)
+        task = asyncio.current_task()
+        assert task is not None
         try:
             async for response in responses:
                 guard.writing_since = time.monotonic()
-                await context.write(response.SerializeToString())
+                self._writing.add(task)
+                try:
+                    await context.write(response.SerializeToString())
+                finally:
+                    self._writing.discard(task)
                 guard.writing_since = None
+                if task in self._drained:
+                    raise _draining()
         except asyncio.CancelledError:
             if not guard.tripped:
                 raise
-            task = asyncio.current_task()
-            assert task is not None
             task.uncancel()
             raise ResourceExhausted(
                 Reason.SLOW_READER,
