@@ -145,8 +145,9 @@ class FakeServer:
         """Stop it; running calls are cancelled."""
         self._port = 0
         self._server.stop(None).wait()
-        asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result()
+        # The threads first: a call that was accepted but not begun still hands its handler to the loop.
         self._pool.shutdown()
+        asyncio.run_coroutine_threadsafe(self._end_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

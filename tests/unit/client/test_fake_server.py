@@ -1,6 +1,9 @@
 """The server for users' tests: scripts, records, and what it makes up without a script."""
 
+import asyncio
+import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -46,6 +49,33 @@ def test_stopping_does_not_wait_for_calls() -> None:
     assert time.monotonic() - begin < 30
     [call] = server.calls
     assert call.ended.is_set() and call.cancelled
+
+
+def test_stopping_leaves_no_task_of_a_call_that_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer()
+    begun, go_on = threading.Event(), threading.Event()
+    record = server._record
+
+    def slow_record(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return record(*arguments)
+
+    monkeypatch.setattr(server, "_record", slow_record)
+    def call() -> None:
+        with Client(address, timeout=30) as client, pytest.raises(LoramuxError):
+            client.generate("x").result()
+
+    with server:
+        address = server.address
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert begun.wait(30)
+        # Goes on while the server stops.
+        threading.Timer(0.3, go_on.set).start()
+    caller.join()
+    assert not asyncio.all_tasks(server._loop)
+    assert server.calls[0].ended.is_set()
 
 
 class TestEcho:
