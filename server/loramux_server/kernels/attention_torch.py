@@ -16,7 +16,7 @@ from torch import Tensor
 from loramux_server.kernels.batch import ForwardBatch
 from loramux_server.kernels.capability import pad_columns, row_multiple
 
-_BLOCK = 128
+_BLOCK = 64
 _GATHER_ELEMENTS = 1 << 24  # bounds the copy of a decode group's keys and values: 64 MiB
 _SCORE_ELEMENTS = 1 << 20  # a tile's scores stay near the cache: 4 MiB
 _MAX_TILE = 128
@@ -171,65 +171,83 @@ def _make_plan(batch: ForwardBatch, shape: tuple[int, ...], window: int | None) 
         lowest = 0 if window is None else max(0, position - window + 1)
         first_block, end_block = lowest // _BLOCK, -(-length // _BLOCK)
         if count > 1:
-            rows = _cache_rows(batch.page_tables[s], first_block, end_block, lowest, length, page_size, heads)
-            prefills.append(
-                _Prefill(starts[s], count, position, first_block, torch.cat((rows, rows + page_size * heads)))
-            )
+            blocks = torch.arange(first_block, end_block, device=batch.page_tables.device)
+            rows, _ = _cache_rows(batch.page_tables[s], 0, blocks, lowest, length, page_size, heads)
+            prefills.append(_Prefill(starts[s], count, position, first_block, rows))
             continue
         if used + end_block - first_block > budget:
             groups.append([])
             used = 0
         groups[-1].append((s, lowest, first_block, end_block))
         used += end_block - first_block
-    decodes = [_make_decodes(batch, group, starts, lengths, page_size, heads) for group in groups]
+    decodes = [_make_decodes(batch, group, page_size, heads) for group in groups]
     copies = (batch.query_starts.clone(), batch.kv_lengths.clone(), batch.page_tables.clone())
     return _Plan(copies, shape, window, row_multiple(), decodes, prefills)
 
 
 def _make_decodes(
-    batch: ForwardBatch,
-    group: Sequence[tuple[int, int, int, int]],
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    page_size: int,
-    heads: int,
+    batch: ForwardBatch, group: Sequence[tuple[int, int, int, int]], page_size: int, heads: int
 ) -> _Decodes:
     """Flatten single-token sequences `(sequence, lowest visible, first block, end block)` into blocks."""
-    device = batch.page_tables.device
-    counts = [end - first for _, _, first, end in group]
-    total, widest = sum(counts), max(counts)
-    rows, hidden, blocks_of, done = [], [], [], 0
-    for (s, lowest, first, end), count in zip(group, counts, strict=True):
-        rows.append(_cache_rows(batch.page_tables[s], first, end, lowest, lengths[s], page_size, heads))
-        positions = torch.arange(first * _BLOCK, end * _BLOCK, device=device)
-        hidden.append((positions < lowest) | (positions >= lengths[s]))
-        blocks_of.append([*range(done, done + count), *[total] * (widest - count)])
-        done += count
-    keys = torch.cat(rows)
+    device, width = batch.page_tables.device, batch.page_tables.shape[1]
+    sequences, lowest, first, end = torch.tensor(group, device=device).unbind(1)
+    counts = end - first
+    total, widest = sum(e - f for _, _, f, e in group), max(e - f for _, _, f, e in group)
+    begins = counts.cumsum(0) - counts
+    owner = torch.repeat_interleave(counts, output_size=total)
+    number = torch.arange(widest, device=device)
+    rows, hidden = _cache_rows(
+        batch.page_tables.reshape(-1),
+        (sequences * width)[owner, None],
+        torch.arange(total, device=device) + (first - begins)[owner],
+        lowest[owner, None],
+        batch.kv_lengths.long()[sequences][owner, None],
+        page_size,
+        heads,
+    )
     return _Decodes(
-        tokens=torch.tensor([starts[s] for s, *_ in group], device=device),
-        rows=torch.cat((keys, keys + page_size * heads)),
-        owner=torch.repeat_interleave(torch.arange(len(group)), torch.tensor(counts)).to(device),
-        blocks_of=torch.tensor(blocks_of, device=device),
-        mask=_Mask.of(torch.cat(hidden).view(total, 1, 1, _BLOCK)),
+        tokens=batch.query_starts.long()[sequences],
+        rows=rows,
+        owner=owner,
+        blocks_of=torch.where(number < counts[:, None], begins[:, None] + number, total),
+        mask=_Mask.of(hidden.view(total, 1, 1, _BLOCK)),
     )
 
 
-def _cache_rows(table: Tensor, first: int, end: int, lowest: int, length: int, page_size: int, heads: int) -> Tensor:
-    """Rows of the cache, seen as `[pages * 2 * page * Hkv, D]`, of the keys of blocks `[first, end)`.
+def _cache_rows(
+    pages: Tensor,
+    begin: Tensor | int,
+    blocks: Tensor,
+    lowest: Tensor | int,
+    length: Tensor | int,
+    page_size: int,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows of the cache, seen as `[pages * 2 * page * Hkv, D]`, of some blocks.
 
     Positions that no query of the sequence sees are redirected to its last position: finite numbers that get weight 0
     (a NaN would survive the product with 0).
 
+    Args:
+        pages: Page numbers of one or all sequences, flat.
+        begin: Where in them those of the block's sequence begin; a number or `[n, 1]`, like `lowest` and `length`.
+        blocks: `[n]` block numbers.
+        lowest: First position that is seen.
+        length: Positions of the sequence.
+        page_size: Tokens a page.
+        heads: Hkv.
+
     Returns:
-        `[(end - first) * Hkv * _BLOCK]` int64, ordered block, head, position.
+        `[2 * n * Hkv * _BLOCK]` int64, ordered key or value, block, head, position; and `[n, _BLOCK]`, whether a
+        position is not seen.
     """
-    positions = torch.arange(first * _BLOCK, end * _BLOCK, device=table.device)
-    positions = torch.where((positions < lowest) | (positions >= length), length - 1, positions)
-    page = table.long()[torch.div(positions, page_size, rounding_mode="floor")]
+    positions = blocks[:, None] * _BLOCK + torch.arange(_BLOCK, device=pages.device)
+    hidden = (positions < lowest) | (positions >= length)
+    positions = torch.where(hidden, length - 1, positions)
+    page = pages[begin + torch.div(positions, page_size, rounding_mode="floor")].long()
     row = (page * 2 * page_size + positions % page_size) * heads
-    by_head = row.view(-1, 1, _BLOCK) + torch.arange(heads, device=table.device).view(1, -1, 1)
-    return by_head.reshape(-1)
+    keys = (row[:, None] + torch.arange(heads, device=pages.device)[:, None]).view(-1)
+    return torch.cat((keys, keys + page_size * heads)), hidden
 
 
 def _gather(kv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
