@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
+from loramux_base.manifest import MANIFEST_NAME
 from loramux_trainer.base import choose_numerics, load_model, open_base
 from loramux_trainer.config import DEFAULT_LENGTH, DataConfig
 from loramux_trainer.data.codec import Codec
 from loramux_trainer.data.prepared import encode_files
+from loramux_trainer.errors import ConfigError
 from loramux_trainer.evaluate import Evaluation, evaluate
 from loramux_trainer.export import check_adapter, read_facts
 from loramux_trainer.lora import load_lora
@@ -62,12 +66,16 @@ def assess(adapter: Path, base_directory: Path, files: Sequence[Path], *, device
     check_adapter(adapter, base)
     numerics = choose_numerics(device)
     codec = Codec.from_directory(base_directory)
-    data = DataConfig(
-        train=tuple(files),
-        default_system=facts.get("default_system"),
-        normalize=facts.get("normalize", "nfc"),
-        too_long="error",
-    )
+    try:
+        data = DataConfig(
+            train=tuple(files),
+            default_system=facts.get("default_system"),
+            normalize=facts.get("normalize", "nfc"),
+            too_long="error",
+        )
+    except pydantic.ValidationError as error:
+        names = ", ".join(".".join(str(part) for part in item["loc"]) for item in error.errors())
+        raise ConfigError(f"{adapter}: its {MANIFEST_NAME} is not as a run wrote it ({names}); train again") from error
     sequences = encode_files(files, data, codec, max_length=base.positions or DEFAULT_LENGTH)
     model = load_lora(load_model(base, numerics), adapter)
 

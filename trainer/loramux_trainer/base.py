@@ -25,6 +25,9 @@ from loramux_base.shapes import BaseShapes, UnsupportedBase, base_shapes
 from loramux_base.tensors import TensorReader
 from loramux_trainer.errors import ConfigError
 
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
+"""`model_type` of the bases that the server takes adapters for."""
+
 _HELPERS = (nf4.SUFFIX_ABSMAX, nf4.SUFFIX_MAP, nf4.SUFFIX_STATE, nf4.SUFFIX_NESTED_ABSMAX, nf4.SUFFIX_NESTED_MAP)
 
 
@@ -73,28 +76,39 @@ def open_base(directory: Path) -> Base:
     try:
         checkpoint = Checkpoint(directory)
         stored = checkpoint.config.get("quantization_config")
-        if isinstance(stored, dict) and (
-            stored.get("quant_method") != "bitsandbytes" or stored.get("bnb_4bit_quant_type") != "nf4"
-        ):
+        named = stored if isinstance(stored, dict) else {"quant_method": stored}
+        method, kind = named.get("quant_method"), named.get("bnb_4bit_quant_type")
+        if stored is not None and (method, kind) != ("bitsandbytes", "nf4"):
             raise ConfigError(
-                f"{directory}: is quantized as {stored.get('quant_method')!r}, not as NF4; take the directory that "
+                f"base: {directory} is quantized as {method!r}, not as NF4; take the directory that "
                 "`loramux-server quantize` wrote"
             )
-        nested = checkpoint.config.get("text_config")
-        text = nested if isinstance(nested, dict) else checkpoint.config
+        shapes = base_shapes(checkpoint.config)
+        family = checkpoint.config.get("model_type")
+        if family not in FAMILIES:
+            raise ConfigError(
+                f"base: {directory}: model_type is {family!r}, which the server does not serve; take one of "
+                f"{', '.join(FAMILIES)}"
+            )
         return Base(
             directory=directory,
             config=dict(checkpoint.config),
-            shapes=base_shapes(checkpoint.config),
+            shapes=shapes,
             fingerprint=base_fingerprint(directory),
             quantization="none" if stored is None else "nf4",
-            positions=_whole(text.get("max_position_embeddings")),
-            vocab_size=_whole(text.get("vocab_size")) or 0,
+            positions=_whole(checkpoint.config.get("max_position_embeddings")),
+            vocab_size=_whole(checkpoint.config.get("vocab_size")) or 0,
         )
     except ModelLoadError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"base: {error}") from error
     except UnsupportedBase as error:
-        raise ConfigError(f"{directory}: {error}") from error
+        raise ConfigError(f"base: {directory}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"base: {directory}: one of its text files is not UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise ConfigError(f"base: {directory}: one of its JSON files is nested too deeply") from error
+    except OSError as error:
+        raise ConfigError(f"base: {directory} cannot be read ({error.strerror or error})") from error
 
 
 def choose_numerics(device: str) -> Numerics:
@@ -126,7 +140,7 @@ def load_model(base: Base, numerics: Numerics) -> PreTrainedModel:
         load = _load_dense if numerics.device.type == "cpu" else _load_quantized
         model = load(base, numerics)
     except (ModelLoadError, Nf4Error) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"base: {error}") from error
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
@@ -143,14 +157,7 @@ def _attention(base: Base) -> str:
 
 def _load_dense(base: Base, numerics: Numerics) -> PreTrainedModel:
     dtype = numerics.compute
-    config: PretrainedConfig = AutoConfig.from_pretrained(base.directory, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
-        warnings.simplefilter("ignore")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=_attention(base)
-        )
+    model = _empty(base, dtype)
     checkpoint = Checkpoint(base.directory)
     read = TensorReader(checkpoint)
     tensors: dict[str, Tensor] = {}
@@ -162,12 +169,35 @@ def _load_dense(base: Base, numerics: Numerics) -> PreTrainedModel:
             tensors[name] = nf4.dequantize(nf4.from_tensors(name, read, nested=nested), dtype)
         else:
             tensors[name] = read(name).to(dtype, copy=True)
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # a line for each tensor of another shape
+        lines = str(error).splitlines()
+        raise ConfigError(
+            f"base: {base.directory}: config.json does not fit its tensors: {lines[-1].strip()}"
+        ) from error
     model.tie_weights()
     missing = [name for name in missing if model.get_parameter(name).is_meta]
     if missing or unexpected:
         names = ", ".join([*missing, *unexpected][:3])
-        raise ConfigError(f"{base.directory}: its tensors do not fit its model class (for example {names})")
+        raise ConfigError(f"base: {base.directory}: its tensors do not fit its model class (for example {names})")
+    return model
+
+
+def _empty(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(base.directory, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+            warnings.simplefilter("ignore")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_attention(base)
+            )
+    except Exception as error:  # what transformers raises for a wrong value is up to each model's code
+        text = " ".join(str(error).split())
+        raise ConfigError(f"base: {base.directory}/config.json: transformers refuses it ({text})") from error
     return model
 
 

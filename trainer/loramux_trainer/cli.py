@@ -1,11 +1,13 @@
 """Command line: `loramux-train doctor | train | eval | publish`.
 
-Exit status: 0 done, 2 configuration or data, 3 out of memory, 4 not finite, 5 gate failed, 6 publication refused.
+Exit status: 0 done, 2 configuration or data, 3 out of memory, 4 not finite, 5 gate failed, 6 publication refused, 130
+and 143 stopped by a signal.
 """
 
 import loramux_trainer.environment  # noqa: F401 - before anything that imports huggingface_hub  # isort: skip
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -28,8 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(emoji=False)
+_err = Console(stderr=True, emoji=False)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -76,6 +78,7 @@ def train(
         _print_evaluation(evaluation)
     _out.print(
         f"adapter {result.adapter}, version {result.digest[:12]}, {result.seconds:.1f} s",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -98,6 +101,8 @@ def evaluate(
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device: {device!r} is none of auto, cpu, cuda")
+    if min_gain is not None and not math.isfinite(min_gain):
+        raise ConfigError(f"--min-gain: {min_gain} is no number to compare with; give nats a token, for example 0.1")
     result = assess(_directory(adapter), base, files, device=device, batch_size=batch_size)
     if as_json:
         print(json.dumps(result.plain()))
@@ -137,7 +142,8 @@ def publish(
         print(json.dumps({"version": version.name, "digest": version.digest, "promoted": promote}))
     else:
         action = "serves all traffic of" if promote else "is uploaded for"
-        _out.print(f"{version.name} ({version.digest[:12]}) {action} {name}", highlight=False, soft_wrap=True)
+        text = f"{version.name} ({version.digest[:12]}) {action} {name}"
+        _out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _directory(path: Path) -> Path:

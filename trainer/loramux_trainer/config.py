@@ -19,8 +19,21 @@ MAX_RANK = 256
 DEFAULT_LENGTH = 1024
 """Longest sequence, tokens, unless set or the base has fewer positions."""
 
+MAX_COUNT = 10**9
+"""Largest count of steps and the like; the libraries below do not take any number."""
+
+
+def _usable(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path cannot hold the character NUL")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise ValueError("the path is not UTF-8, which tokenizers and safetensors need; rename it")
+    return path
+
+
 Format = Literal["auto", "openai", "dialogue", "conversation"]
-LocalPath = Annotated[Path, Field(strict=False)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+LocalPath = Annotated[Path, Field(strict=False), pydantic.AfterValidator(_usable)]
 Paths = Annotated[tuple[LocalPath, ...], Field(min_length=1, strict=False)]
 
 
@@ -49,11 +62,18 @@ class DataConfig(_Section):
     validation: Annotated[tuple[LocalPath, ...], Field(strict=False)] = ()
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     format: Format = "auto"
-    group_key: str | None = None
-    default_system: Annotated[str, Field(min_length=1)] | None = None
+    group_key: Annotated[str, Field(min_length=1)] | None = None
+    default_system: str | None = None
     normalize: Literal["none", "nfc", "nfkc"] = "nfc"
-    max_length: Annotated[int, Field(ge=8)] | None = None
+    max_length: Annotated[int, Field(ge=8, le=MAX_COUNT)] | None = None
     too_long: Literal["drop", "error"] = "drop"
+
+    @pydantic.field_validator("default_system")
+    @classmethod
+    def _not_blank(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("has no text; null adds no system prompt")
+        return value
 
 
 class LoraConfig(_Section):
@@ -68,15 +88,19 @@ class LoraConfig(_Section):
     """
 
     r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
-    alpha: Annotated[int, Field(ge=1)] = 32
+    alpha: Annotated[int, Field(ge=1, le=100 * MAX_RANK)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = "all-linear"
 
-    @pydantic.field_validator("target_modules")
+    @pydantic.field_validator("target_modules", mode="before")
     @classmethod
-    def _known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not isinstance(value, str) and (unknown := sorted(set(value) - set(MODULES))):
+    def _known(cls, value: Any) -> Any:
+        if value == "all-linear":
+            return value
+        if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"must be all-linear or a list of {', '.join(MODULES)}")
+        if unknown := sorted(set(value) - set(MODULES)):
             raise ValueError(f"unknown modules {', '.join(unknown)}; the server takes {', '.join(MODULES)}")
         return value
 
@@ -112,23 +136,23 @@ class TrainConfig(_Section):
         patience: Evaluations without a lower loss after which the run ends; None = it does not. Needs `keep: best`.
     """
 
-    epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    accumulation: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
+    max_steps: Count | None = None
+    batch_size: Count = 8
+    accumulation: Count = 1
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     clip: Annotated[float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     gradient_checkpointing: bool | None = None
-    log_steps: Annotated[int, Field(ge=1)] = 10
-    eval_steps: Annotated[int, Field(ge=1)] | None = None
-    save_steps: Annotated[int, Field(ge=1)] | None = None
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    log_steps: Count = 10
+    eval_steps: Count | None = None
+    save_steps: Count | None = None
+    keep_checkpoints: Count = 2
     keep: Literal["last", "best"] = "last"
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Count | None = None
 
     @pydantic.model_validator(mode="after")
     def _best(self) -> Self:
@@ -148,7 +172,7 @@ class EvalConfig(_Section):
         batch_size: Conversations a forward pass; results do not depend on it.
     """
 
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Count = 8
 
 
 class RunConfig(_Section):

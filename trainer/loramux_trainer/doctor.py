@@ -85,7 +85,7 @@ def _base(directory: Path) -> list[Check]:
         base = open_base(directory)
         codec = Codec.from_directory(directory)
     except ConfigError as error:
-        return [Check(name="base", good=False, text=str(error))]
+        return [Check(name="base", good=False, text=str(error).removeprefix("base: "))]
     checks = [
         Check(
             name="base",

@@ -8,7 +8,7 @@ TrainerError
 ├── NonFinite        4  loss, gradient or adapter became NaN or infinite
 ├── GateFailed       5  the adapter is not better than what it was compared with
 ├── PublishRefused   6  the adapter or the server refused the publication
-└── Interrupted    143  asked to stop; a checkpoint was written
+└── Interrupted  128+n  asked to stop by signal n (Ctrl-C 130, SIGTERM 143); a checkpoint was written
 ```
 """
 
@@ -94,6 +94,9 @@ class PublishRefused(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """The run was asked to stop; a checkpoint was written."""
+    """The run was asked to stop by a signal; a checkpoint was written."""
 
-    exit_code = 143
+    def __init__(self, text: str, signal_number: int) -> None:
+        """Take the exit status from the signal, as shells do."""
+        super().__init__(text)
+        self.exit_code = 128 + signal_number

@@ -26,6 +26,7 @@ from loramux_base.adapter import (
 from loramux_base.manifest import FORMAT_VERSION
 from loramux_trainer.base import Base
 from loramux_trainer.config import MAX_RANK
+from loramux_trainer.digests import DIGESTS_KEY, check_files, file_digests
 from loramux_trainer.errors import ConfigError, NonFinite
 
 CARD_NAME = "README.md"
@@ -61,6 +62,7 @@ def export_adapter(model: PeftModel, base: Base, target: Path, facts: Mapping[st
             "format_version": FORMAT_VERSION,
             "base_fingerprint": base.fingerprint.hex,
             "base_parts": dict(base.fingerprint.parts),
+            DIGESTS_KEY: file_digests(partial),
             **facts,
         }
         _write(partial / MANIFEST_NAME, _json(manifest))
@@ -91,6 +93,10 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{directory}: has no {MANIFEST_NAME} or no {TENSORS_NAME}; give the adapter directory that a run wrote"
         )
+    try:
+        check_files(directory, manifest)
+    except AdapterFormatError as error:
+        raise ConfigError(f"{directory}: {error}") from error
     return {"base_fingerprint": manifest.base_fingerprint, "base_parts": dict(manifest.base_parts), **manifest.extra}
 
 

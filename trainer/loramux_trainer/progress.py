@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+_LOG_ONLY = ("learning_rate", "grad_norm")
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _SHOWN = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", "eval_accuracy")
 
 
@@ -30,7 +32,7 @@ class MetricsLog:
         kept = []
         if file.is_file():
             for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= from_step:
+                if line.endswith("\n") and _step_of(line) <= from_step:
                     kept.append(line)
         file.write_text("".join(kept), encoding="utf-8")
         self._stream = file.open("a", encoding="utf-8")
@@ -51,16 +53,27 @@ class MetricsLog:
         self._stream.close()
 
 
+def _step_of(line: str) -> float:
+    """Step of a line of metrics; infinite for one that a crash has spoilt."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class ProgressCallback(TrainerCallback):
-    """Shows the run and stops it after the step in which SIGTERM came.
+    """Shows the run, and stops it after the step in which SIGINT or SIGTERM came; a second signal stops at once.
 
     Args:
         console: Where to.
         log: Metrics.
+
+    Attributes:
+        stopped: The signal that asked the run to stop; None = none did.
     """
 
     def __init__(self, console: Console, log: MetricsLog) -> None:
-        self.stopped = False
+        self.stopped: int | None = None
         self._console = console
         self._log = log
         self._bar: Progress | None = None
@@ -70,14 +83,14 @@ class ProgressCallback(TrainerCallback):
 
     @contextmanager
     def running(self, steps: int, done: int) -> Iterator[None]:
-        """Show the bar and take SIGTERM as the wish to save and stop.
+        """Show the bar and take SIGINT and SIGTERM as the wish to save and stop.
 
         Args:
             steps: Optimizer steps in all.
             done: Of them already.
         """
         main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self._stop) if main else None
+        before = {number: signal.signal(number, self._stop) for number in _STOPPING} if main else {}
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]training[/bold] {task.completed}/{task.total}"),
@@ -94,11 +107,13 @@ class ProgressCallback(TrainerCallback):
         finally:
             if self._bar is not None:
                 self._bar.stop()
-            if main:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
-        self.stopped = True
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.stopped is not None:
+            raise KeyboardInterrupt
+        self.stopped = number
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
@@ -106,7 +121,7 @@ class ProgressCallback(TrainerCallback):
         """Move the bar; save and stop if that was asked for."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=state.global_step)
-        if self.stopped:
+        if self.stopped is not None:
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -135,7 +150,8 @@ class ProgressCallback(TrainerCallback):
         if "loss_tokens_per_second" in metrics:
             shown.append(f"{metrics['loss_tokens_per_second']:.0f} loss tokens/s")
         if self._bar is not None and self._task is not None and "loss" in metrics:
-            self._bar.update(self._task, numbers="  ".join(shown))
+            # The bar has one line: what is in the log only must not squeeze it.
+            self._bar.update(self._task, numbers="  ".join(text for text in shown if not text.startswith(_LOG_ONLY)))
         else:
             self._console.print(
                 f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}", highlight=False, soft_wrap=True

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from loramux import AdapterVersion, BaseFingerprint, Client, LoramuxError
+from loramux import AdapterVersion, BaseFingerprint, Client, LoramuxError, Unavailable
 from loramux_base.adapter import AdapterFormatError, read_manifest
 from loramux_base.manifest import MANIFEST_NAME, AdapterManifest
+from loramux_trainer.digests import check_files
 from loramux_trainer.errors import PublishRefused
 
 Progress = Callable[[int, int], None]
@@ -56,11 +57,16 @@ def publish(adapter: Path, target: Target, *, progress: Progress | None = None) 
             "`adapter` of a run of this trainer"
         )
     try:
+        check_files(adapter, manifest)
         with Client(target.server, token=target.token, tenant=target.tenant) as client:
             _check_served(manifest, client.model().fingerprint, target)
             return client.adapters.upload(adapter, name=target.name, promote=target.promote, progress=progress)
     except AdapterFormatError as error:
         raise PublishRefused(f"{adapter}: {error}") from error
+    except Unavailable as error:
+        raise PublishRefused(
+            f"{target.server}: no server answers there ({error}); start it or correct --server"
+        ) from error
     except LoramuxError as error:
         raise PublishRefused(f"{target.server}: {error}") from error
 

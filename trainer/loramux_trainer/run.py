@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback
 
 from loramux_trainer.base import Base, Numerics, choose_numerics, load_model, open_base
+from loramux_trainer.checkpoints import PatienceCallback, last_checkpoint, out_of_patience, read_state, step_of
 from loramux_trainer.config import DEFAULT_LENGTH, RunConfig
 from loramux_trainer.data.codec import Codec
 from loramux_trainer.data.prepared import PreparedData, prepare
@@ -25,7 +25,7 @@ from loramux_trainer.evaluate import evaluate
 from loramux_trainer.export import export_adapter
 from loramux_trainer.lora import add_lora
 from loramux_trainer.progress import MetricsLog, ProgressCallback
-from loramux_trainer.sft import COUNTERS_NAME, AdapterTrainer, training_arguments
+from loramux_trainer.sft import AdapterTrainer, training_arguments
 
 ADAPTER_NAME = "adapter"
 CHECKPOINTS_NAME = "checkpoints"
@@ -67,7 +67,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         NonFinite: Loss, gradient or adapter became NaN; no adapter was written.
         Interrupted: SIGTERM came; a checkpoint was written.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, emoji=False)
     started = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training on several devices is not there yet; start one process, without a launcher")
@@ -81,34 +81,39 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     per_epoch = _steps_per_epoch(config, data)
     steps = config.train.max_steps or max(1, math.ceil(config.train.epochs * per_epoch))
     identity = _identity(config, base, data, numerics)
-    checkpoint = _check_output(config.output, identity, resume=resume)
+    with _unwritable(config.output):
+        checkpoint = _check_output(config.output, identity, resume=resume)
     _say_data(console, base, data, steps)
     with _out_of_memory(config):
         model = add_lora(load_model(base, numerics), config.lora, seed=config.seed)
+    with _out_of_memory(config), _unwritable(config.output):
         config.output.mkdir(parents=True, exist_ok=True)
         _write_json(config.output / RUN_NAME, {**identity, "config": config.plain()})
         trainer = AdapterTrainer(
             model,
-            training_arguments(config, numerics, directory=config.output / CHECKPOINTS_NAME, steps=steps),
+            training_arguments(config, numerics, directory=config.output.absolute() / CHECKPOINTS_NAME, steps=steps),
             codec=codec,
             tokenizer_file=config.base / "tokenizer.json",
             train=data.train,
             validation=data.validation,
             eval_batch_size=config.evaluation.batch_size,
         )
-        done = 0 if checkpoint is None else _step_of(checkpoint)
+        done = 0 if checkpoint is None else step_of(checkpoint)
         log = MetricsLog(config.output / METRICS_NAME, from_step=done)
         try:
             progress = ProgressCallback(console, log)
             trainer.add_callback(progress)
             if config.train.patience is not None:
-                trainer.add_callback(EarlyStoppingCallback(config.train.patience))
+                trainer.add_callback(PatienceCallback(config.train.patience))
             with progress.running(steps, done), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                if checkpoint is not None and _is_done(config, checkpoint, steps):
+                    trainer.restore(checkpoint)
+                else:
+                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             ended = trainer.state.global_step
-            if progress.stopped and ended < steps:
-                raise Interrupted(f"stopped after step {ended} of {steps}; go on with --resume")
+            if progress.stopped is not None and ended < steps:
+                raise Interrupted(f"stopped after step {ended} of {steps}; go on with --resume", progress.stopped)
             _check_counted(trainer, data, ended, per_epoch)
             facts = {**_facts(config, base, data, numerics), "steps": ended, "loss_tokens_trained": trainer.loss_tokens}
             if config.train.keep == "best":
@@ -118,10 +123,10 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
                 log.write(ended, {"evaluation": facts["evaluation"]})
         finally:
             log.close()
-    digest = export_adapter(model, base, config.output / ADAPTER_NAME, facts)
-    seconds = time.monotonic() - started
-    result = {"digest": digest, "seconds": round(seconds, 3), "device": str(numerics.device), **facts}
-    _write_json(config.output / RESULT_NAME, result)
+        digest = export_adapter(model, base, config.output / ADAPTER_NAME, facts)
+        seconds = time.monotonic() - started
+        result = {"digest": digest, "seconds": round(seconds, 3), "device": str(numerics.device), **facts}
+        _write_json(config.output / RESULT_NAME, result)
     return Result(adapter=config.output / ADAPTER_NAME, digest=digest, manifest=facts, seconds=seconds)
 
 
@@ -138,8 +143,8 @@ def _check_ids(base: Base, data: PreparedData) -> None:
     largest = max(max(sequence.input_ids) for sequence in (*data.train, *data.validation))
     if largest >= base.vocab_size:
         raise ConfigError(
-            f"{base.directory}: its tokenizer gives token id {largest}, its model has {base.vocab_size}; they do not "
-            "belong together"
+            f"base: {base.directory}: its tokenizer gives token id {largest}, its model has {base.vocab_size}; they do "
+            "not belong together"
         )
 
 
@@ -164,26 +169,40 @@ def _check_output(output: Path, identity: dict[str, Any], *, resume: bool) -> Pa
     Raises:
         ConfigError: The directory is in use by a run that is finished or different, or there is nothing to resume.
     """
+    if output.is_symlink() and not output.exists():
+        raise ConfigError(f"output: {output} is a link to nothing; give another directory")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output: {output} is no directory; give another one")
     if not resume:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and any(output.iterdir()):
             raise ConfigError(f"output: {output} exists and is not empty; give another directory, or --resume")
+        above = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"output: {output} cannot be made in {above}; give another directory")
         return None
     if (output / ADAPTER_NAME).exists():
         raise ConfigError(f"output: {output} holds a finished run; give another directory")
     try:
         stored = json.loads((output / RUN_NAME).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"output: {output} holds no run to resume ({error})") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"output: {output} holds no run to resume; start one without --resume") from error
+    except (ValueError, RecursionError) as error:
+        stored = error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"output: {output / RUN_NAME} is damaged; give another directory and start anew")
     if changed := [name for name, value in identity.items() if stored.get(name) != value]:
         raise ConfigError(
             f"output: the run in {output} differs in {', '.join(changed)}; resume needs equal settings, base and data"
         )
-    whole = [path for path in (output / CHECKPOINTS_NAME).glob("checkpoint-*") if (path / COUNTERS_NAME).is_file()]
-    return max(whole, key=_step_of, default=None)
+    return last_checkpoint(output.absolute() / CHECKPOINTS_NAME)
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _is_done(config: RunConfig, checkpoint: Path, steps: int) -> bool:
+    """Whether nothing but evaluation and export is left."""
+    patience = config.train.patience
+    return step_of(checkpoint) >= steps or (
+        patience is not None and out_of_patience(read_state(checkpoint).log_history, patience)
+    )
 
 
 def _say_data(console: Console, base: Base, data: PreparedData, steps: int) -> None:
@@ -193,11 +212,12 @@ def _say_data(console: Console, base: Base, data: PreparedData, steps: int) -> N
         f"{train['conversations']} conversations to train on, {held['conversations']} held out, "
         f"{data.report['duplicates']} duplicates and {train['too_long'] + held['too_long']} too long left out, "
         f"{train['loss_tokens']} of {train['tokens']} tokens carry loss, {steps} steps",
+        markup=False,  # names of files and directories may look like it
         highlight=False,
         soft_wrap=True,
     )
     for place in (*train["too_long_places"], *held["too_long_places"])[:5]:
-        console.print(f"left out: {place}", highlight=False, soft_wrap=True)
+        console.print(f"left out: {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_counted(trainer: AdapterTrainer, data: PreparedData, steps: int, per_epoch: int) -> None:
@@ -267,5 +287,20 @@ def _out_of_memory(config: RunConfig) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _unwritable(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into our error."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output: {output} cannot be used ({error.strerror or error}); make room or give another directory. What "
+            "was saved there before can be resumed"
+        ) from error
+
+
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a file that is whole or not there."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)

@@ -22,14 +22,12 @@ from trl import SFTConfig, SFTTrainer
 
 from loramux_trainer.base import Numerics
 from loramux_trainer.batches import ROWS_KEY, Collator
+from loramux_trainer.checkpoints import COUNTERS_NAME, read_state
 from loramux_trainer.config import RunConfig
 from loramux_trainer.data.codec import IGNORED, Codec, Sequence
 from loramux_trainer.errors import NonFinite
 from loramux_trainer.evaluate import Evaluation, evaluate
 from loramux_trainer.lora import to_float32
-
-COUNTERS_NAME = "loramux_counters.json"
-"""File in a checkpoint with what the run counted so far."""
 
 
 def training_arguments(config: RunConfig, numerics: Numerics, *, directory: Path, steps: int) -> SFTConfig:
@@ -214,6 +212,17 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (directory / COUNTERS_NAME).write_text(json.dumps({"loss_tokens": self.loss_tokens}), encoding="utf-8")
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the state of a checkpoint without a further step; the loop does one even after its last.
+
+        Args:
+            checkpoint: Of a run that is done but for its export.
+        """
+        self.state = read_state(checkpoint)
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from loramux_base import nf4
 from loramux_base.fingerprint import base_fingerprint
+from loramux_server.model import spec
 from loramux_server.model.load import load_model as load_served
-from loramux_trainer.base import choose_numerics, load_model, open_base
+from loramux_trainer.base import FAMILIES, choose_numerics, load_model, open_base
 from loramux_trainer.errors import ConfigError
 from tests.support.tiny_models import make_checkpoint
 
@@ -60,6 +61,41 @@ def test_a_base_that_cannot_be_trained_on_is_named(base: Path, tmp_path: Path) -
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="is quantized as 'gptq', not as NF4"):
         open_base(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert', which the server does not serve; take one of llama"),
+        ({"model_type": None}, "model_type is None"),
+        ({"quantization_config": "nf4"}, "is quantized as 'nf4', not as NF4"),
+        ({"hidden_act": "none such"}, r"config\.json: transformers refuses it"),
+        ({"vocab_size": 1 << 20}, r"config\.json does not fit its tensors: size mismatch for .*embed_tokens"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(
+    base: Path, tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ConfigError, match=f"^base: .*{reason}"):
+        load_model(open_base(copy), CPU)
+
+
+def test_files_of_a_base_that_cannot_be_read_are_named(base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="^base: .*nested too deeply"):
+        open_base(copy)
+    with pytest.raises(ConfigError, match=r"^base: .*cannot be read \(File name too long\)"):
+        open_base(tmp_path / ("x" * 300))
+
+
+def test_the_families_are_those_that_the_server_takes_adapters_for() -> None:
+    assert {*FAMILIES, "phi3"} == set(spec.FAMILIES)
 
 
 def test_missing_tensors_are_named(dense: Path, tmp_path: Path) -> None:

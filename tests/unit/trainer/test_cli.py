@@ -1,14 +1,21 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from loramux_trainer import cli
+from loramux_trainer.config import RunConfig
+from loramux_trainer.config_file import load_config
 from tests.unit.trainer.conftest import records, write_jsonl
+
+README = Path(cli.__file__).parents[1] / "README.md"
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -64,6 +71,59 @@ def test_errors_are_lines_with_the_status_and_no_trace(
     assert _main(monkeypatch, "publish", str(tmp_path), "--server", "localhost:1", "--name", "a") == 6
     assert "has no loramux_manifest.json" in capsys.readouterr().err
     assert _main(monkeypatch, "eval", str(tmp_path), str(data), "--base", str(tmp_path)) == 2
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "[red]:smile:"
+    shutil.copytree(base, named)
+    lines = [*records(6), {"dialogue": [{"user": "word " * 200, "assistant": "b"}]}]
+    write_jsonl(tmp_path / "[b]:x:.jsonl", lines)
+    run = tmp_path / "run.yaml"
+    settings = {
+        "base": str(named),
+        "output": str(tmp_path / "[/i]:+1:"),
+        "device": "cpu",
+        "data": {"train": "[b]:x:.jsonl", "max_length": 128},
+        "train": {"max_steps": 1},
+    }
+    run.write_text(json.dumps(settings))
+    assert _main(monkeypatch, "train", str(run)) == 0
+    shown = capsys.readouterr()
+    assert "base [red]:smile: (nf4" in shown.err
+    assert "left out: [b]:x:.jsonl:7: too long" in shown.err
+    assert f"adapter {tmp_path}/[/i]:+1:/adapter, version" in shown.out
+    assert _main(monkeypatch, "train", str(run)) == 2
+    assert "[/i]:+1: exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_configuration_of_the_readme_runs_as_printed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = README.read_text(encoding="utf-8")
+    match = re.search(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert match is not None
+    (tmp_path / "acme.yaml").write_text(match[1])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny-nf4").symlink_to(base)
+    write_jsonl(tmp_path / "acme.jsonl", records(12))
+    # Every setting is shown with its default, but for what a run must name.
+    config = load_config(tmp_path / "acme.yaml")
+    required = {"base": config.base, "output": config.output, "data": {"train": config.data.train}}
+    assert config == RunConfig.model_validate(required)
+    assert set(yaml.safe_load(match[1])) == set(RunConfig.model_fields)
+    assert _main(monkeypatch, "train", str(tmp_path / "acme.yaml"), "-o", "lora.r=32") == 0
+    assert (tmp_path / "runs" / "acme" / "adapter" / "loramux_manifest.json").is_file()
+    capsys.readouterr()
+
+
+def test_a_gate_that_is_no_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", str(tmp_path), "a.jsonl", "--base", str(tmp_path), "--min-gain", "nan"]
+    assert _main(monkeypatch, *arguments) == 2
+    assert "--min-gain: nan is no number" in capsys.readouterr().err
 
 
 def test_doctor(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

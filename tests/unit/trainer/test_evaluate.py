@@ -95,6 +95,16 @@ def test_an_adapter_is_compared_with_its_own_base_only(
     assert result.better_share in (0.0, 1.0)
     with pytest.raises(ConfigError, match=r"was trained on base .* \(weights differ\)"):
         assess(adapter, other_base, [file], device="cpu", batch_size=2)
+    manifest = (adapter / "loramux_manifest.json").read_text()
+    (adapter / "loramux_manifest.json").write_text(manifest.replace('"Be brief."', "3"))
+    with pytest.raises(ConfigError, match=r"loramux_manifest\.json is not as a run wrote it \(default_system\)"):
+        assess(adapter, base, [file], device="cpu", batch_size=2)
+    (adapter / "loramux_manifest.json").write_text(manifest)
+    tensors = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    tensors[-3] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(tensors)
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors is not as the run wrote it"):
+        assess(adapter, base, [file], device="cpu", batch_size=2)
     (adapter / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(ConfigError, match="adapter_model"):
         assess(adapter, base, [file], device="cpu", batch_size=2)

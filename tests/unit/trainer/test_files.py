@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_no_system_prompt_is_invented(tmp_path: Path) -> None:
         ('{"messages": NaN}', "bad JSON: NaN is no JSON"),
         ('{"messages": [], "messages": []}', "key 'messages' is there twice"),
         ("[1]", "a record must be an object"),
+        ("null", "a record must be an object, this is missing or null"),
+        ("[" * 100_000, "bad JSON: lists or objects are nested too deeply"),
+        ('{"n": ' + "9" * 5000 + "}", "bad JSON: a number has 5000 digits, at most 1000 are taken"),
+        ('{"messages": "a\0b"}', "bad JSON: Invalid control character at column 16"),
+        ('{"dialogue": [{"user": "U", "assistant": "\\u200b\\u0007 \\ufeff"}]}', "empty turn: turn 1 (assistant)"),
+        (
+            '{"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A", "weight": 0}]}',
+            "message 2 has weight 0; turns are not weighted yet",
+        ),
         ("{}", "none of them is there"),
         ('{"messages": [], "dialogue": []}', "2 of them are there"),
         ('{"messages": []}', "no assistant turn"),
@@ -84,6 +94,29 @@ def test_a_broken_record_is_named_with_file_line_and_reason(tmp_path: Path, line
     assert str(caught.value).startswith(f"{file}:3: ")
 
 
+@pytest.mark.parametrize(
+    "line", ['{"KEY": 1, "KEY": 2}', '{"messages": [{"role": "KEY"}]}', '{"dialogue": [{"KEY": 1}]}']
+)
+def test_a_huge_value_is_not_repeated_in_the_message(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(line.replace("KEY", "k" * 100_000))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*kkk\.\.\.") as caught:
+        _read(file)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_is_no_regular_file_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe.jsonl", "zero.jsonl", "folder.json"):
+        with pytest.raises(DataError, match=f"{name}: is no regular file"):
+            _read(tmp_path / name)
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    with pytest.raises(DataError, match=r"loop\.jsonl: cannot be read \(Too many levels of symbolic links\)"):
+        _read(tmp_path / "loop.jsonl")
+
+
 def test_all_problems_are_named_and_many_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "broken.jsonl"
     file.write_text("x\n" * 30)
@@ -99,11 +132,18 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
     file.write_bytes(json.dumps(GOOD).encode() + b'\n{"messages": "\xff"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: is not UTF-8"):
         _read(file)
+    whole = tmp_path / "a.json"
+    whole.write_bytes(b'[\n{"dialogue": "\xff"}]')
+    with pytest.raises(DataError, match=r"a\.json:2: is not UTF-8 \(invalid start byte at byte 15 of the line\)"):
+        _read(whole)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
+        ('[{"dialogue": []},\n]', 2, "a comma with no conversation behind it"),
+        ("[\n" + "[" * 100_000, 2, "nested too deeply"),
+        ('[{"a": 1,\n"a": 2}]', 1, "key 'a' is there twice"),
         ('[\n{"messages": []},\n{"dialogue": 1}]', 3, "'dialogue' must be a list"),
         ('[\n{"dialogue": [\n', 3, "bad JSON"),
         ('[{"dialogue": []}\n{}]', 2, "expected ',' or ']'"),

@@ -6,6 +6,7 @@ import pytest
 
 from loramux import Client
 from loramux.testing import FakeError, FakeServer
+from loramux_trainer.digests import file_digests
 from loramux_trainer.errors import PublishRefused
 from loramux_trainer.publish import Target, publish
 
@@ -59,6 +60,36 @@ def test_an_adapter_of_unknown_base_is_refused(tmp_path: Path) -> None:
     (adapter / "loramux_manifest.json").unlink()
     with pytest.raises(PublishRefused, match=r"has no loramux_manifest\.json"):
         publish(adapter, Target(server="localhost:1", name="acme"))
+
+
+def test_a_file_changed_after_training_is_refused_before_a_byte_is_sent(server: FakeServer, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "a")
+    manifest = json.loads((adapter / "loramux_manifest.json").read_text())
+    (adapter / "loramux_manifest.json").write_text(json.dumps({**manifest, "sha256": file_digests(adapter)}))
+    publish(adapter, Target(server=server.address, name="acme"))
+    calls = len(server.calls_of("StartAdapterUpload"))
+    for name, changed in (("adapter_model.safetensors", b"tensorS"), ("adapter_config.json", b"{ }")):
+        kept = (adapter / name).read_bytes()
+        (adapter / name).write_bytes(changed)
+        with pytest.raises(PublishRefused, match=f"{name} is not as the run wrote it"):
+            publish(adapter, Target(server=server.address, name="acme"))
+        (adapter / name).write_bytes(kept)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(PublishRefused, match="a file cannot be read"):
+        publish(adapter, Target(server=server.address, name="acme"))
+    assert len(server.calls_of("StartAdapterUpload")) == calls
+
+
+def test_a_server_that_is_not_there_is_told_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(PublishRefused, match=r"localhost:1: no server answers there .*; start it or correct --server"):
+        publish(_adapter(tmp_path / "a"), Target(server="localhost:1", name="acme"))
+
+
+@pytest.mark.parametrize("name", ["", "A b", "../x", "a/b", "x" * 300])
+def test_a_name_that_is_none_is_refused(server: FakeServer, tmp_path: Path, name: str) -> None:
+    with pytest.raises(PublishRefused, match="INVALID_PARAMETER") as caught:
+        publish(_adapter(tmp_path / "a"), Target(server=server.address, name=name))
+    assert len(str(caught.value)) < 600
 
 
 def test_the_servers_refusal_is_told(server: FakeServer, tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
+import errno
 import io
 import json
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from loramux_base.adapter import version_digest
@@ -22,10 +20,9 @@ from loramux_trainer.base import choose_numerics, load_model, open_base
 from loramux_trainer.config import RunConfig
 from loramux_trainer.data.codec import Codec
 from loramux_trainer.data.prepared import prepare
-from loramux_trainer.errors import ConfigError, DataError, Interrupted, NonFinite, OutOfMemory
+from loramux_trainer.errors import ConfigError, DataError, NonFinite, OutOfMemory
 from loramux_trainer.evaluate import evaluate
 from loramux_trainer.lora import add_lora
-from loramux_trainer.progress import ProgressCallback
 from loramux_trainer.run import Result, train
 from loramux_trainer.sft import AdapterTrainer, training_arguments
 from tests.support.tiny_models import make_checkpoint
@@ -95,36 +92,41 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_others(finished: Result, s
     assert train(other, console=QUIET).digest != train(settings("third", max_steps=2), console=QUIET).digest
 
 
-class _StopsAfter(ProgressCallback):
-    """As if SIGTERM came during a step."""
+def test_the_loop_divides_by_the_datas_own_count(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    divisors: dict[int, int] = {}
+    original = AdapterTrainer.training_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().on_step_end(args, state, control, **kwargs)
+    def observed(self: AdapterTrainer, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        divisors.setdefault(self.state.global_step, int(num_items_in_batch))
+        return original(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", observed)
+    result = train(settings(), console=QUIET)
+    assert len(divisors) == result.manifest["steps"] == 12
+    per_epoch = [sum(divisors[step] for step in range(first, first + 6)) for first in (0, 6)]
+    assert per_epoch == [result.manifest["data"]["train"]["loss_tokens"]] * 2
+    assert result.manifest["loss_tokens_trained"] == sum(per_epoch)
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(
-    finished: Result, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings("stopped", log_steps=1, eval_steps=6)
-    with monkeypatch.context() as patch:
-        patch.setattr("loramux_trainer.run.ProgressCallback", _StopsAfter)
-        with pytest.raises(Interrupted, match="after step 5 of 12"):
-            train(config, console=QUIET)
-    assert not (config.output / "adapter").exists()
-    with pytest.raises(ConfigError, match="not empty"):
+@pytest.mark.parametrize("name", ["file", "file/below", "link", "x" * 300, "/proc/none/run"])
+def test_an_output_that_cannot_be_made_is_named(settings: Settings, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at all")
+    with pytest.raises(ConfigError, match=r"^output: .*; .*give another") as caught:
+        train(settings(name), console=QUIET)
+    assert caught.value.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "file", "link"]
+
+
+def test_a_full_disk_ends_in_a_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(AdapterTrainer, "_save_checkpoint", full)
+    config = settings(max_steps=1)
+    with pytest.raises(ConfigError, match=r"^output: .* cannot be used \(No space left on device\)"):
         train(config, console=QUIET)
-    with pytest.raises(ConfigError, match="differs in config_sha256"):
-        train(settings("stopped", log_steps=1, learning_rate=1e-3), resume=True, console=QUIET)
-    resumed = train(config, resume=True, console=QUIET)
-    assert _files(resumed.adapter) == _files(finished.adapter)
-    losses = [[line["loss"] for line in _metrics(run.adapter.parent) if "loss" in line] for run in (resumed, finished)]
-    assert losses[0] == losses[1]
-    with pytest.raises(ConfigError, match="finished run"):
-        train(config, resume=True, console=QUIET)
+    assert not (config.output / "adapter").exists()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
@@ -162,7 +164,7 @@ def test_the_loop_counts_the_tokens_of_the_data(settings: Settings, tmp_path: Pa
 def test_everything_that_is_overridden_is_there() -> None:
     for name in ("_send_telemetry", "create_model_card", "training_step", "log", "evaluate", "compute_loss"):
         assert callable(getattr(SFTTrainer, name))
-    for name in ("_save_checkpoint", "_load_from_checkpoint", "compute_loss_context_manager"):
+    for name in ("_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "compute_loss_context_manager"):
         assert callable(getattr(SFTTrainer, name))
 
 

@@ -78,16 +78,16 @@ class Codec:
         try:
             files = read_tokenizer_files(directory)
         except TokenizerFileError as error:
-            raise ConfigError(f"{directory}: {error}") from error
+            raise ConfigError(f"base: {directory}: {error}") from error
         try:
             template = ChatTemplate.from_directory(directory)
         except TemplateError as error:
-            raise ConfigError(f"{directory}: {error}") from error
+            raise ConfigError(f"base: {directory}: {error}") from error
         if not template.available:
-            raise ConfigError(f"{directory}: the base has no chat template, so conversations cannot be rendered")
+            raise ConfigError(f"base: {directory}: the base has no chat template, so conversations cannot be rendered")
         stop_ids = frozenset(files.eos_token_ids)
         if not stop_ids:
-            raise ConfigError(f"{directory}: neither configuration nor tokenizer names an end-of-sequence token")
+            raise ConfigError(f"base: {directory}: neither configuration nor tokenizer names an end-of-sequence token")
         pad = files.pad_token_id
         return cls(files.backend, template, stop_ids=stop_ids, pad_id=min(stop_ids) if pad is None else pad)
 
@@ -99,6 +99,10 @@ class Codec:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that text would be encoded to, if any."""
+        return next((token for token in self._special if token in text), None)
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """What the server renders before it generates.
@@ -120,7 +124,7 @@ class Codec:
         """
         messages = conversation.plain()
         for number, message in enumerate(messages, start=1):
-            if token := next((token for token in self._special if token in message["content"]), None):
+            if token := self.special_in(message["content"]):
                 raise EncodingError(f"message {number} contains the special token {token}; remove it from the text")
         result: list[Sequence] = []
         ids: list[int] = []

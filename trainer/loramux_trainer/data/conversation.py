@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ SHAPES = {"openai": "messages", "dialogue": "dialogue", "conversation": "convers
 
 _TURN_KEYS = {"dialogue": "user", "conversation": "human"}
 _ROLES = ("system", "user", "assistant")
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
+_SHOWN_CHARACTERS = 60
 
 
 class RecordError(ValueError):
@@ -62,6 +65,12 @@ class Conversation:
     def plain(self) -> list[dict[str, str]]:
         """Messages as the chat template takes them."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
+
+
+def shown(value: object) -> str:
+    """`repr` for an error message, cut where it gets long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def parse_messages(record: Any, shape: str) -> tuple[Message, ...]:
@@ -113,7 +122,11 @@ def _openai(turn: Any, number: int) -> Message:
             raise RecordError(f"message {number} has {key}; tools are not trained yet, leave such conversations out")
     role = turn.get("role")
     if role not in _ROLES:
-        raise RecordError(f"message {number} has role {role!r}; known roles are {', '.join(_ROLES)}")
+        raise RecordError(f"message {number} has role {shown(role)}; known roles are {', '.join(_ROLES)}")
+    if (weight := turn.get("weight", 1)) is not None and weight != 1:
+        raise RecordError(
+            f"message {number} has weight {shown(weight)}; turns are not weighted yet, leave such conversations out"
+        )
     return Message(role=role, content=_text(turn.get("content"), f"message {number} ({role})"))
 
 
@@ -125,7 +138,9 @@ def _pairs(record: Mapping[str, Any], turns: list[Any], asker: str) -> list[Mess
         if not isinstance(turn, Mapping):
             raise RecordError(f"turn {number} must be an object, it is {_kind(turn)}")
         if unknown := sorted(str(key) for key in turn if key not in (asker, "assistant")):
-            raise RecordError(f"turn {number} has the unknown key {unknown[0]!r}; it takes '{asker}' and 'assistant'")
+            raise RecordError(
+                f"turn {number} has the unknown key {shown(unknown[0])}; it takes '{asker}' and 'assistant'"
+            )
         for key, role in ((asker, "user"), ("assistant", "assistant")):
             if key not in turn:
                 raise RecordError(f"turn {number} has no '{key}'")
@@ -152,7 +167,7 @@ def _check_order(messages: list[Message]) -> None:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where} must be text, it is {_kind(value)}")
-    if not value.strip():
+    if all(unicodedata.category(letter) in _INVISIBLE for letter in value):
         raise RecordError(f"empty turn: {where} has no text")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise RecordError(f"{where} holds half a surrogate pair, which is no text")
@@ -161,6 +176,6 @@ def _text(value: Any, where: str) -> str:
 
 def _kind(value: Any) -> str:
     if value is None:
-        return "missing"
+        return "missing or null"
     names = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

@@ -1,15 +1,17 @@
 """Reads records with their line numbers out of JSONL and JSON files."""
 
 import json
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramux_trainer.data.conversation import Conversation, RecordError, parse_messages
+from loramux_trainer.data.conversation import Conversation, RecordError, parse_messages, shown
 from loramux_trainer.errors import DataError, Problem
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 _BOM = "\ufeff"
+_MAX_DIGITS = 1000
 
 
 def read_conversations(files: Sequence[Path], *, shape: str, group_key: str | None) -> list[Conversation]:
@@ -60,6 +62,9 @@ def _records(file: Path) -> Iterator[tuple[int, Any, str]]:
         yield 0, None, f"is no {' or '.join(SUFFIXES)} file; convert it"
         return
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe or a device may never end
+            yield 0, None, "is no regular file; write the conversations into one"
+            return
         if file.suffix.lower() == ".json":
             yield from _array(file)
         else:
@@ -79,21 +84,21 @@ def _lines(file: Path) -> Iterator[tuple[int, Any, str]]:
             if not text.strip():
                 continue
             try:
-                yield number, json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique), ""
-            except json.JSONDecodeError as error:
-                yield number, None, f"bad JSON: {error.msg} at column {error.colno}"
+                yield number, json.loads(text, **_HOOKS), ""
             except (RecursionError, ValueError) as error:
-                yield number, None, f"bad JSON: {error}"
+                yield number, None, _reason(error)
 
 
 def _array(file: Path) -> Iterator[tuple[int, Any, str]]:
     """Records of a JSON list one by one, so that each has the line on which it begins."""
+    data = file.read_bytes()
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
-        yield 0, None, f"is not UTF-8 ({error.reason} at byte {error.start + 1})"
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        yield line, None, f"is not UTF-8 ({error.reason} at byte {column} of the line)"
         return
-    decoder = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)
+    decoder = json.JSONDecoder(**_HOOKS)
     at = _skip(text, 0)
     if text[at : at + 1] != "[":
         yield 1, None, "a .json file must hold a list of conversations; name it .jsonl if it has one a line"
@@ -105,16 +110,16 @@ def _array(file: Path) -> Iterator[tuple[int, Any, str]]:
         counted = at
         try:
             record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            yield error.lineno, None, f"bad JSON: {error.msg} at column {error.colno}"
-            return
         except (RecursionError, ValueError) as error:
-            yield line, None, f"bad JSON: {error}"
+            yield getattr(error, "lineno", line), None, _reason(error)
             return
         yield line, record, ""
         at = _skip(text, at)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
+            if text[at : at + 1] == "]":
+                yield text.count("\n", 0, at) + 1, None, "bad JSON: a comma with no conversation behind it"
+                return
         elif text[at : at + 1] != "]":
             yield text.count("\n", 0, at) + 1, None, "bad JSON: expected ',' or ']' after a conversation"
             return
@@ -133,9 +138,28 @@ def _refuse(name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} is there twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {shown(key)} is there twice")
+        result[key] = value
     return result
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, at most {_MAX_DIGITS} are taken")
+    return int(digits)
+
+
+def _reason(error: Exception) -> str:
+    """What a parser's error says, in our words."""
+    if isinstance(error, RecursionError):
+        return "bad JSON: lists or objects are nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"bad JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+    return f"bad JSON: {error}"
+
+
+_HOOKS: dict[str, Any] = {"parse_constant": _refuse, "parse_int": _integer, "object_pairs_hook": _unique}
+"""What makes the parser strict."""
