@@ -5,16 +5,18 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3# interpreter that makes .venv, 3.11 or newer
-TORCH_INDEX ?=# extra package index for torch, e.g. https://download.pytorch.org/whl/cpu; empty: the default index
-MODEL ?=# serve: directory or hub id of the base model
+TORCH_INDEX ?= auto# extra package index for torch; auto: https://download.pytorch.org/whl/cpu on Linux without an NVIDIA driver, else none; empty: none
+MODEL ?=# serve: directory or hub id of the base model; empty: the embedded demo base and its tenants' adapters
 PORT ?= 50051# serve: port, 0 picks a free one
-STORE ?= .loramux# serve: where adapters are kept
+STORE ?=# serve: where adapters are kept; empty: .loramux, for the demo base .loramux-demo
 WEIGHTS ?= nf4# serve: nf4, bf16 or fp32
-ARGS ?=# further arguments of serve, test and bench
+ARGS ?=# further arguments of serve, demo, test and bench
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
+PINS := pyproject.toml demo/pyproject.toml constraints.txt
 TRITON := 3.6.0# what the torch of the GPU tests comes with
 TRITON_DIR := .triton/$(TRITON)
 BUF := npx --yes @bufbuild/buf@1.75.0
@@ -22,26 +24,39 @@ BUF := npx --yes @bufbuild/buf@1.75.0
 # Idle OpenMP threads that spin starve the other process of a small machine; must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup serve test test-triton lint format types protos protos-check protos-lint bench sdk-floor ci clean
+.PHONY: help setup demo serve test test-triton lint format types protos protos-check protos-lint bench sdk-floor ci clean
 
 help: ## List the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
 	@echo
 	@grep -hE '^[A-Z_]+ \?=.*# ' $(MAKEFILE_LIST) | sed -E 's/^([A-Z_]+) \?= ?([^#]*)# ?(.*)/  \1=\2|\3/' | column -t -s '|'
 
-setup: $(STAMP) ## Make .venv with server, SDK and developer tools (once; again when the pins change)
+setup: $(STAMP) ## Make .venv with server, trainer, SDK, demo and developer tools (once; again when the pins change)
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "setup needs Python 3.11 or newer, $(PYTHON) is older: make setup PYTHON=python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[server,trainer,dev,otel]'
+$(STAMP): $(PINS)
+	$(call install,dev)
+	@touch $(DEMO_STAMP) $@
+
+# The demo and the server need no developer tools, and do not bring them into a fresh .venv.
+$(DEMO_STAMP): $(PINS)
+	$(call install,demo)
 	@touch $@
 
-serve: $(STAMP) ## Serve MODEL on 127.0.0.1:PORT
-	@test -n "$(MODEL)" || { echo "serve needs a model: make serve MODEL=<directory or hub id>" >&2; exit 2; }
-	$(BIN)/loramux-server serve --model "$(MODEL)" --weights "$(WEIGHTS)" --store "$(STORE)" --port "$(PORT)" $(ARGS)
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo "setup needs Python 3.11 or newer as $(PYTHON): install it, or name another one with PYTHON=python3.12" >&2; exit 1; }
+@$(PYTHON) .ci/install.py $(1) --venv $(VENV) --torch-index "$(TORCH_INDEX)"
+endef
+
+demo: $(DEMO_STAMP) ## Show everything on this machine's CPU: sets up what is missing, runs for minutes, ends by itself
+	@$(BIN)/python -m loramux_demo.tour $(ARGS)
+
+serve: $(DEMO_STAMP) ## Serve on 127.0.0.1:PORT: MODEL, or the demo base with three tenants' adapters
+ifeq ($(strip $(MODEL)),)
+	@$(BIN)/python -m loramux_demo.serve --port "$(PORT)" --store "$(or $(STORE),.loramux-demo)" $(ARGS)
+else
+	$(BIN)/loramux-server serve --model "$(MODEL)" --weights "$(WEIGHTS)" --store "$(or $(STORE),.loramux)" --port "$(PORT)" $(ARGS)
+endif
 
 test: $(STAMP) ## Run all tests that need no GPU; needs no network, weights or fixed port
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
@@ -78,7 +93,7 @@ protos-lint: ## Lint protos/ with buf (needs npx)
 bench: $(STAMP) ## Print throughput and latency on this machine's CPU
 	$(BIN)/python bench/serve.py $(ARGS)
 
-sdk-floor: $(STAMP) ## Install the wheel alone with the lowest and the newest grpcio and protobuf, and use it
+sdk-floor: $(STAMP) ## Build both wheels; install the SDK's alone with the lowest and the newest grpcio and protobuf
 	$(BIN)/python .ci/sdk_floor.py
 
 ci: lint types protos-lint protos-check sdk-floor test-triton test ## Everything that a change has to pass

@@ -1,7 +1,8 @@
 """Installs the built wheel without extras in empty environments and uses the SDK there.
 
 Once with the lowest versions that pyproject.toml allows, once with the newest that the index has: both must import,
-generate against a small server, and bring neither torch nor anything else of ours (sdk_smoke.py).
+generate against a small server, and bring neither torch nor anything else of ours (sdk_smoke.py). The wheel of the demo
+is built and looked into as well: base and adapters belong inside.
 """
 
 import re
@@ -10,10 +11,16 @@ import sys
 import tempfile
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WHEEL_BYTES = 1_000_000
+MAX_DEMO_BYTES = 20_000_000
+DEMO_FILES = (
+    "base/model.safetensors",
+    *(f"adapters/{name}/adapter_model.safetensors" for name in ("acme", "globex", "initech-v1", "initech-v2")),
+)
 SMOKE = ROOT / ".ci" / "sdk_smoke.py"
 
 
@@ -38,16 +45,33 @@ def run(*command: str | Path, cwd: Path) -> None:
         print(done.stdout, end="")
 
 
+def build(source: Path, work: Path, *, most: int) -> Path:
+    """Build a wheel; end this program if it is larger than it may be."""
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", work, source, cwd=work)
+    wheel = max(work.glob("*.whl"), key=lambda path: path.stat().st_mtime_ns)
+    size = wheel.stat().st_size
+    if size > most:
+        raise SystemExit(f"{wheel.name} has {size} bytes, the limit is {most}")
+    print(f"{wheel.name}: {size} bytes")
+    return wheel
+
+
+def check_demo(wheel: Path) -> None:
+    """End this program if base or adapters are missing, or if something of this machine came along."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    missing = [name for name in DEMO_FILES if f"loramux_demo/{name}" not in names]
+    if missing:
+        raise SystemExit(f"{wheel.name} lacks {', '.join(missing)}")
+    if stray := [name for name in names if name.endswith((".loramux-digests.json", ".pyc"))]:
+        raise SystemExit(f"{wheel.name} has {', '.join(stray)}")
+
+
 def main() -> None:
     """Build the wheel, then try it at both ends of the ranges."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        run(sys.executable, "-m", "build", "--wheel", "--outdir", work, ROOT, cwd=work)
-        wheel = next(work.glob("loramux-*.whl"))
-        size = wheel.stat().st_size
-        if size > MAX_WHEEL_BYTES:
-            raise SystemExit(f"{wheel.name} has {size} bytes, the limit is {MAX_WHEEL_BYTES}")
-        print(f"{wheel.name}: {size} bytes")
+        check_demo(build(ROOT / "demo", work, most=MAX_DEMO_BYTES))
+        wheel = build(ROOT, work, most=MAX_WHEEL_BYTES)
         for name, pins in (("lowest", floors()), ("newest", [])):
             home = work / name
             venv.create(home, with_pip=True)

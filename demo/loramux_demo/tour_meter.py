@@ -2,15 +2,28 @@
 
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
 from loramux import AsyncClient, ChatMessage
 
+PREFIX = "tenants/default/adapters/"
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Call:
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One finished stream.
+
+    Attributes:
+        text: All of it.
+        version: Version that the server named; empty for the base.
+        ttft: Seconds to the first token.
+        seconds: Seconds of the whole call.
+        tokens: Output tokens.
+    """
+
+    text: str
     version: str
     ttft: float
     seconds: float
@@ -21,40 +34,73 @@ class Meter:
     """Runs streams and keeps what they took."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
-        self.last_version = ""
-        """Version that the last finished stream named; empty for the base."""
+        self._answers: list[Answer] = []
 
-    async def stream(
-        self, client: AsyncClient, messages: Sequence[ChatMessage], *, adapter: str | None, max_tokens: int = 200
-    ) -> AsyncIterator[str]:
-        """Greedy text of one chat, piece by piece."""
+    async def ask(
+        self,
+        client: AsyncClient,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        adapter: str | None,
+        max_tokens: int = 256,
+        on_text: Callable[[str], None] = lambda _: None,
+    ) -> Answer:
+        """Stream one chat greedily.
+
+        Args:
+            client: Of the server.
+            messages: OpenAI messages.
+            adapter: Adapter to use; None for the base.
+            max_tokens: Most tokens of the answer.
+            on_text: Called with each piece as it arrives.
+        """
+        chat = [ChatMessage(message["role"], message["content"]) for message in messages]
+        texts = []
         began = time.perf_counter()
         first: float | None = None
-        async with client.generate(messages, adapter=adapter, max_tokens=max_tokens, temperature=0) as stream:
+        async with client.generate(chat, adapter=adapter, max_tokens=max_tokens, temperature=0) as stream:
             async for delta in stream:
                 first = time.perf_counter() if first is None else first
                 if delta.text:
-                    yield delta.text
+                    texts.append(delta.text)
+                    on_text(delta.text)
             ended = time.perf_counter()
-            version = stream.started.adapter_version or ""
-            self.last_version = version
-            self._calls.append(_Call(version, (first or ended) - began, ended - began, stream.usage.output_tokens))
+            answer = Answer(
+                text="".join(texts),
+                version=stream.started.adapter_version or "",
+                ttft=(ended if first is None else first) - began,
+                seconds=ended - began,
+                tokens=stream.usage.output_tokens,
+            )
+        self._answers.append(answer)
+        return answer
 
     def table(self) -> Table:
         """Requests, time to first token and tokens a second by the version that answered."""
-        table = Table()
-        for column in ("answered by", "requests", "TTFT ms p50", "output tokens", "tokens/s a stream"):
-            table.add_column(column, justify="left" if column == "answered by" else "right")
-        for version in sorted({call.version for call in self._calls}):
-            calls = [call for call in self._calls if call.version == version]
-            ttft = sorted(call.ttft for call in calls)[len(calls) // 2]
-            tokens = sum(call.tokens for call in calls)
-            table.add_row(
-                version.removeprefix("tenants/default/adapters/") or "base",
-                str(len(calls)),
-                f"{1000 * ttft:.0f}",
-                str(tokens),
-                f"{tokens / sum(call.seconds for call in calls):.0f}",
-            )
+        table = Table(show_footer=True)
+        answers = self._answers
+        rows = [("all", answers)] + [
+            (shown_version(version) or "base", [answer for answer in answers if answer.version == version])
+            for version in dict.fromkeys(sorted(answer.version for answer in answers))
+        ]
+        columns = [(name, _figures(chosen)) for name, chosen in rows if chosen]
+        totals = columns[0][1] if columns else ("0", "", "0", "")
+        table.add_column("answered by", footer="all")
+        headers = ("requests", "TTFT ms (p50)", "output tokens", "tokens/s a stream")
+        for header, total in zip(headers, totals, strict=True):
+            table.add_column(header, justify="right", footer=total)
+        for name, figures in columns[1:]:
+            table.add_row(name, *figures)
         return table
+
+
+def shown_version(version: str) -> str:
+    """A version's name without the tenant."""
+    return version.removeprefix(PREFIX)
+
+
+def _figures(answers: Sequence[Answer]) -> tuple[str, str, str, str]:
+    ttft = sorted(answer.ttft for answer in answers)[len(answers) // 2]
+    tokens = sum(answer.tokens for answer in answers)
+    seconds = sum(answer.seconds for answer in answers)
+    return str(len(answers)), f"{1000 * ttft:.0f}", str(tokens), f"{tokens / seconds:.0f}" if seconds else ""

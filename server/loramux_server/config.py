@@ -28,7 +28,7 @@ class ServerConfig:
     """Settings of one server.
 
     Attributes:
-        model: Directory of the base checkpoint, or a hub id.
+        model: Directory of the base checkpoint, a hub id, or `demo` for the base embedded in loramux-demo.
         weights: `nf4`, `bf16` or `fp32`.
         store: Directory of adapters and registry.
         host: Address of the gRPC listener.
@@ -114,7 +114,7 @@ _MAX_MODEL_NAME = 256
 _MILLION = 1_000_000
 
 OPTIONS: tuple[Option, ...] = (
-    Option(name="model", kind=str, default=REQUIRED, help="directory of the base checkpoint, or a hub id"),
+    Option(name="model", kind=str, default=REQUIRED, help="directory of the base, a hub id, or `demo`, embedded"),
     Option(name="weights", kind=str, default="nf4", choices=("nf4", "bf16", "fp32"), help="format of resident weights"),
     Option(name="store", kind=str, default="loramux-store", help="directory of adapters and registry"),
     Option(name="host", kind=str, default="127.0.0.1", help="address of the gRPC listener"),

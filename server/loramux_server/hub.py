@@ -1,8 +1,12 @@
-"""Where a base checkpoint lies: a directory, or a hub id that `huggingface_hub` downloads or finds in its cache."""
+"""Where a base checkpoint lies.
+
+A directory, a hub id that `huggingface_hub` downloads or finds in its cache, or `demo`, the embedded base.
+"""
 
 import re
 from pathlib import Path
 
+from loramux_base.embedded import DEMO_NAME, EmbeddedBaseMissing, embedded_base
 from loramux_server.config import ConfigError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -13,12 +17,17 @@ def resolve_model(model: str, *, flag: str = "--model") -> Path:
     """Return the directory of a checkpoint. Blocks while it downloads.
 
     Args:
-        model: Directory or hub id (`owner/name`). HF_HUB_OFFLINE=1 looks into the local cache only.
+        model: Directory, hub id (`owner/name`), or `demo`. HF_HUB_OFFLINE=1 looks into the local cache only.
         flag: Name of the setting, for errors.
 
     Raises:
-        ConfigError: It is neither, or it cannot be fetched.
+        ConfigError: It is none of these, or it cannot be fetched.
     """
+    if model == DEMO_NAME:
+        try:
+            return embedded_base()
+        except EmbeddedBaseMissing as error:
+            raise ConfigError(f"{flag} {model} {error}") from error
     directory = Path(model)
     if directory.is_dir():
         if not (directory / "config.json").is_file():

@@ -172,6 +172,7 @@ VIOLATIONS = [
     ("the shared package", "server/loramux_base/__init__.py", "import loramux_server.errors"),
     ("the trainer imports the SDK to publish", "trainer/loramux_trainer/errors.py", "import loramux_server.errors"),
     ("only publish uses the SDK", "trainer/loramux_trainer/errors.py", "import loramux"),
+    ("nothing needs the demo", "server/loramux_base/__init__.py", "import loramux_demo"),
     ("training data is read without torch", "trainer/loramux_trainer/data/__init__.py", "import torch"),
 ]
 

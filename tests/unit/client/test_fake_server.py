@@ -62,6 +62,7 @@ def test_stopping_leaves_no_task_of_a_call_that_has_just_begun(monkeypatch: pyte
         return record(*arguments)
 
     monkeypatch.setattr(server, "_record", slow_record)
+
     def call() -> None:
         with Client(address, timeout=30) as client, pytest.raises(LoramuxError):
             client.generate("x").result()
