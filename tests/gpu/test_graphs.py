@@ -1,10 +1,13 @@
 """Captured graphs give what eager launches give, for any mix of rows, adapters and slots."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.plan import StepHandle, StepPlan
 from tests.support.engine_runs import RealEngine, random_jobs
 from tests.support.tiny_models import make_adapter, make_checkpoint
 
@@ -59,7 +62,8 @@ def test_graphs_give_the_tokens_of_eager_steps(files: tuple[Path, list[Path]]) -
     again = graphs.run(list(reversed(jobs)))[::-1]
     assert graphs.runner.replays > 0
     graphs.close()
-    eager = RealEngine(make_config(base, cuda_graphs=False, rank_units=16, max_slots=16), adapters)
+    settings = make_config(base, cuda_graphs=False, schedule_ahead=False, rank_units=16, max_slots=16)
+    eager = RealEngine(settings, adapters)
     expected = eager.run(jobs)
     alone = [eager.run([job])[0] for job in jobs[:8]]
     eager.close()
@@ -86,3 +90,28 @@ def test_a_step_with_fewer_tokens_than_sequences_may_run(files: tuple[Path, list
         assert (engine.runner.replays > 0) == graphs
         engine.close()
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_launch_never_waits_for_the_device(
+    files: tuple[Path, list[Path]], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = files
+    engine = RealEngine(make_config(base, cuda_graphs=graphs, poison=False), adapters)
+    jobs = random_jobs(24, adapters=len(adapters), vocab=512, seed=6)
+    everything = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "logprobs": 3, "presence_penalty": 0.5}
+    jobs += [dataclasses.replace(job, fields=tuple(everything.items())) for job in jobs[:8]]
+    expected = engine.run(jobs)
+    launch = engine.runner.launch
+
+    def watched(plan: StepPlan) -> StepHandle:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine.runner, "launch", watched)
+    again = engine.run(jobs)
+    engine.close()
+    assert again == expected

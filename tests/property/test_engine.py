@@ -33,6 +33,7 @@ class EngineMachine(RuleBasedStateMachine):
         slots=st.integers(1, 4),
         delay=st.integers(0, 3),
         reading=st.integers(0, 2),
+        ahead=st.booleans(),
     )
     def start(
         self,
@@ -45,6 +46,7 @@ class EngineMachine(RuleBasedStateMachine):
         slots: int,
         delay: int,
         reading: int,
+        ahead: bool,
     ) -> None:
         self.driver = make_driver(
             pages=pages * 4 // page_size,
@@ -58,6 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_batch_tokens=batch,
             prefill_chunk=chunk,
             prefix_cache=cache,
+            schedule_ahead=ahead,
         )
         self.driver.put(*VERSIONS)
         self.driver.alias("a", ("v0", 1.0), ("v2", 1.0))

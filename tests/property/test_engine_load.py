@@ -25,6 +25,7 @@ def build(rng: random.Random) -> Driver:
         max_batch_tokens=rng.randint(8, 40),
         prefill_chunk=rng.randint(2, 12),
         prefix_cache=rng.random() < 0.8,
+        schedule_ahead=rng.random() < 0.6,
     )
     driver.put(*VERSIONS)
     driver.alias("a", ("v0", 1.0), ("v1", 2.0))
@@ -50,6 +51,7 @@ def add(driver: Driver, rng: random.Random, number: int) -> None:
         stop_token_ids=rng.sample(range(64), rng.choice([0, 2])),
         min_tokens=rng.randint(0, 2),
         prompt_logprobs=rng.choice([None, None, None, 0]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.0, 0.5]),
         salt=rng.choice([b"s", b"t"]),
     )
 

@@ -144,10 +144,14 @@ class FakeSlab:
 
 @dataclasses.dataclass
 class _Handle:
-    run: Callable[[], StepResult]
+    """Steps run when they are launched, in that order, as on a device; their outcome shows later."""
+
+    outcome: StepResult | OutOfMemory
 
     def result(self) -> StepResult:
-        return self.run()
+        if isinstance(self.outcome, OutOfMemory):
+            raise self.outcome
+        return self.outcome
 
 
 class FakeRunner:
@@ -179,6 +183,13 @@ class FakeRunner:
         self.poisoned = 0
         self.live_sequences: set[int] = set()
         self._kv: list[list[Cell]] = [[None] * page_size for _ in range(num_pages)]
+        self._failed_step = 0
+        self._sampled: list[int | None] = []
+
+    @property
+    def asynchronous(self) -> bool:
+        # Tests that count steps want one after the other; those of scheduling ahead say `schedule_ahead=True`.
+        return False
 
     @property
     def slab(self) -> FakeSlab:
@@ -208,7 +219,27 @@ class FakeRunner:
         )
 
     def launch(self, plan: StepPlan) -> _Handle:
-        return _Handle(lambda: self._run(plan))
+        if plan.behind and plan.behind == self._failed_step:
+            return _Handle(OutOfMemory())
+        assert plan.behind or all(row.source == -1 for row in plan.rows), "a token is taken from no step"
+        try:
+            result = self._run(self._with_tokens(plan))
+        except OutOfMemory as error:
+            self._failed_step = plan.step
+            return _Handle(error)
+        self._sampled = [row.token_id for plan_row, row in zip(plan.rows, result.rows, strict=True) if plan_row.sample]
+        return _Handle(result)
+
+    def _with_tokens(self, plan: StepPlan) -> StepPlan:
+        """The plan with the tokens that the step before has sampled."""
+        rows = []
+        for row in plan.rows:
+            if row.source >= 0:
+                token = self._sampled[row.source]
+                assert token is not None and len(row.token_ids) == 1 and row.start == len(row.history)
+                row = dataclasses.replace(row, token_ids=[token], history=[*row.history, token])
+            rows.append(row)
+        return dataclasses.replace(plan, rows=rows)
 
     def release_sequence(self, sequence_id: int) -> None:
         self.live_sequences.discard(sequence_id)

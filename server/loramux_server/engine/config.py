@@ -25,6 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_slots: Most adapters resident at once.
         batch_invariant: A request's tokens do not depend on what else is in the batch.
         cuda_graphs: Replay captured graphs instead of launching kernel by kernel (CUDA only).
+        schedule_ahead: Launch step k + 1 before the results of step k are in (None = yes on CUDA, no on CPU, where a
+            launch returns when the step is over).
         shadow: Keep a dequantized copy of the weights (None = yes on CPU, no on CUDA).
         threads: torch intra-op threads on CPU; None = physical cores.
         poison: Fill freed pages and slab rows with NaN (tests and debugging).
@@ -49,6 +51,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_slots: int = 64
     batch_invariant: bool = False
     cuda_graphs: bool = True
+    schedule_ahead: bool | None = None
     shadow: bool | None = None
     threads: int | None = None
     poison: bool = False

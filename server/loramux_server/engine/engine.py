@@ -2,10 +2,11 @@
 
 `loop.py` drives it behind a socket; tests drive it directly. One `step()` is
 
-    plan = scheduler.schedule()  ->  runner.launch(plan).result()  ->  commit
+    plan k + 1 = scheduler.schedule(behind=plan k)  ->  launch it  ->  results of step k  ->  commit them
 
-Whatever a step gives back (sequences, pages) reaches the runner before the next launch, so a later version may launch
-step k + 1 before it commits step k by holding those releases back by one step.
+where the device is asynchronous, and plan, launch, results, commit of one step where it is not, or where results are
+needed for the next plan. What a commit gives back (pages, slab rows) may go to others at once: a launch that uses it
+again runs on the device after the step that is still in flight. Sequence numbers are held back by one step.
 """
 
 import time
@@ -16,7 +17,7 @@ from loramux_server.engine.aliases import AliasTable
 from loramux_server.engine.commit import Committer
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.counters import Counters
-from loramux_server.engine.executor import StepExecutor
+from loramux_server.engine.executor import Launched, StepExecutor
 from loramux_server.engine.fairness import RoundRobin
 from loramux_server.engine.kv import KvCache
 from loramux_server.engine.limits import Limits
@@ -36,7 +37,7 @@ from loramux_server.engine.messages import (
     Stop,
     Unload,
 )
-from loramux_server.engine.plan import RowPlan, Runner, StepResult
+from loramux_server.engine.plan import RowPlan, Runner, StepPlan, StepResult
 from loramux_server.engine.request_table import RequestTable
 from loramux_server.engine.residency import AdapterResidency
 from loramux_server.engine.scheduler import Scheduler
@@ -114,6 +115,8 @@ class Engine:
             commit=self._commit,
             fail=lambda row, error: self._committer.fail(row, error, self._clock()),
         )
+        self._ahead = runner.asynchronous if config.schedule_ahead is None else config.schedule_ahead
+        self._flight: Launched | None = None
         self._stats_at = float("-inf")
         self._active = False
         self.stopping = False
@@ -193,14 +196,14 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether another `step()` may do something without a new command."""
-        return bool(self._events) or len(self._table) > 0 or self._residency.pending
+        return bool(self._events) or self._flight is not None or len(self._table) > 0 or self._residency.pending
 
     def next_timer(self) -> float | None:
         """Clock time at which a waiting request expires, None without one."""
         return self._table.next_timer()
 
     def step(self) -> list[Event]:
-        """Run one step if anything can run; returns the events since the last call, in order.
+        """Bring one step to its commit if anything can run; returns the events since the last call, in order.
 
         Raises:
             Exception: Whatever the runner raises except `OutOfMemory`; the engine must not be used after it.
@@ -210,19 +213,26 @@ class Engine:
         for version, error in self._residency.poll(now):
             self._admission.fail_waiting(version, error, now)
         self._table.expire(now)
-        plan = self._scheduler.schedule(now)
-        self._tell_runner()
-        self.stalled = plan is None and self.has_work
-        if plan is not None:
+        step = self._flight if self._flight is not None else self._launch(now)
+        self.stalled = step is None and self.has_work
+        if step is not None:
+            self._flight = self._launch(now, behind=step.plan) if self._ahead else None
             self._counters.steps += 1
-            if self._executor.execute(plan):
+            if self._executor.finish(step, self._flight):
                 self._scheduler.ran_well()
             else:
-                self._scheduler.ran_out_of_memory(plan)
+                self._flight = None
+                self._scheduler.ran_out_of_memory(step.plan)
             self._tell_runner()
         self._report(self._clock())
         events, self._events = self._events, []
         return events
+
+    def _launch(self, now: float, *, behind: StepPlan | None = None) -> Launched | None:
+        plan = self._scheduler.schedule(now, behind=behind)
+        # Before the launch: it may use pages again that were freed since the last one.
+        self._tell_runner()
+        return None if plan is None else self._executor.launch(plan)
 
     def _commit(self, rows: Sequence[RowPlan], result: StepResult) -> None:
         self._counters.add_seconds(result.seconds)

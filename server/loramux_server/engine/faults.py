@@ -108,6 +108,7 @@ class FaultyRunner:
         needle = faults.load_fail
         self._slab: SlabView = runner.slab if needle is None else _FaultySlab(runner.slab, needle)
         self._launches = 0
+        self._failed_step = 0
         self._prefills = 0
 
     @property
@@ -125,6 +126,11 @@ class FaultyRunner:
         """Passed through."""
         return self._runner.page_size
 
+    @property
+    def asynchronous(self) -> bool:
+        """Passed through."""
+        return self._runner.asynchronous
+
     def launch(self, plan: StepPlan) -> StepHandle:
         """Launch, unless it is time for a fault.
 
@@ -140,7 +146,10 @@ class FaultyRunner:
         if any(len(row.token_ids) > 1 for row in plan.rows):
             self._prefills += 1
             if self._prefills == self._faults.oom_prefill:
+                self._failed_step = plan.step
                 return _FailedHandle()
+        if plan.behind and plan.behind == self._failed_step:
+            return _FailedHandle()
         return self._runner.launch(plan)
 
     def release_sequence(self, sequence_id: int) -> None:

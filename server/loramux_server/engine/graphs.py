@@ -124,8 +124,12 @@ class ForwardGraphs:
                 self._graphs[shape] = self._record(functools.partial(self._launches, shape))
         logger.info("captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
 
-    def run(self, plan: StepPlan) -> Tensor | None:
+    def run(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor | None:
         """Run a plan's forward pass.
+
+        Args:
+            plan: What to run.
+            sampled: `[R]` tokens that the step before has sampled, for rows that take theirs from it.
 
         Returns:
             `[sampled rows, V]` float32 logits, overwritten by the next run; None when no graph fits.
@@ -134,7 +138,7 @@ class ForwardGraphs:
         graph = None if shape is None else self._graphs.get(shape)
         if shape is None or graph is None:
             return None
-        self._static.fill(plan, shape)
+        self._static.fill(plan, shape, sampled)
         graph.replay()
         return self._logits[: sum(row.sample for row in plan.rows)]
 

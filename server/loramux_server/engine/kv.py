@@ -58,10 +58,11 @@ class KvCache:
 
     def missing(self, sequence: Sequence) -> int:
         """Pages that `grow` would take."""
-        return -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
+        # A step that was planned behind another and then dropped may have left a page more than is needed now.
+        return max(0, -(-sequence.length // self.page_size) - len(sequence.pages))
 
     def grow(self, sequence: Sequence) -> None:
-        """Extend the pages to cover every known token; the caller has checked `pool.available`."""
+        """Extend the pages to cover every token, the pending one too; the caller has checked `pool.available`."""
         missing = self.missing(sequence)
         if missing:
             sequence.pages.extend(self.pool.allocate(missing))

@@ -82,6 +82,8 @@ class ModelRunner:
         self._page_size = page_size
         self._graphs: ForwardGraphs | None = None
         self._replays = 0
+        self._failed_step = 0
+        self._sampled: Tensor | None = None
         self._sampler = Sampler(vocab_size=model.spec.vocab_size, device=model.device)
         self.ready = ready
 
@@ -101,6 +103,11 @@ class ModelRunner:
         return self._page_size
 
     @property
+    def asynchronous(self) -> bool:
+        """On CUDA, launches return before the step is over."""
+        return self._model.device.type == "cuda"
+
+    @property
     def num_graphs(self) -> int:
         """Captured CUDA graphs."""
         return 0 if self._graphs is None else len(self._graphs)
@@ -117,12 +124,16 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> _Launched:
         """Start a step: stage, forward, sample, begin the copy out."""
+        if plan.behind and plan.behind == self._failed_step:
+            error = OutOfMemory(f"step {plan.behind}, which this one goes on from, did not run")
+            return _Launched(plan, None, 0, [], 0, None, {}, error=error)
         try:
             with torch.inference_mode():
                 return self._launch(plan)
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as failure:
             # The text only: the exception's frames hold the step's tensors, and they must go before the retry.
-            reason = OutOfMemory(f"step of {plan.num_tokens} tokens: {error}")
+            reason = OutOfMemory(f"step of {plan.num_tokens} tokens: {failure}")
+        self._failed_step = plan.step
         torch.cuda.empty_cache()
         return _Launched(plan, None, 0, [], 0, None, {}, error=reason)
 
@@ -143,17 +154,19 @@ class ModelRunner:
         if plan.copies:
             copy_pages(plan.copies, self._kv)
         sampled_rows = [row for row in plan.rows if row.sample]
-        logits = self._graphs.run(plan) if self._graphs is not None else None
+        logits = self._graphs.run(plan, self._sampled) if self._graphs is not None else None
         prompts: list[Tensor] = []
         prompt_top = 0
         self._replays += logits is not None
         if logits is None:
-            batch = self._staging.build(plan)
+            batch = self._staging.build(plan, self._sampled)
             hidden = self._model.forward(batch, self._kv, self._slab if batch.lora is not None else None)
             logits = self._model.logits(hidden[: len(sampled_rows)]) if sampled_rows else None
             prompts, prompt_top = self._prompt_logprobs(hidden[len(sampled_rows) :], plan)
         forwarded = time.perf_counter()
         sampled = self._sampler.sample(logits, sampled_rows) if logits is not None and sampled_rows else None
+        # Its rows may feed the step behind this one.
+        self._sampled = None if sampled is None else sampled.packed[:, 0]
         host, prompts_host, event = self._to_host(sampled, prompts)
         return _Launched(
             plan,

@@ -76,6 +76,13 @@ def pack_rows(plan: StepPlan, page_size: int) -> PackedRows:
     )
 
 
+def late_tokens(plan: StepPlan, query_starts: Array) -> tuple[Array, Array]:
+    """Tokens that the step before samples: `[n]` int64 packed indices, and `[n]` int64 `RowPlan.source` of each."""
+    late = [(query_starts[index], row.source) for index, row in enumerate(plan.rows) if row.source >= 0]
+    places, sources = np.asarray(late, dtype=np.int64).reshape(-1, 2).T
+    return places, sources
+
+
 def sampled_tokens(plan: StepPlan, query_starts: Array) -> Array:
     """`[R]` int64: packed index of the last token of each sampled row, in plan order."""
     return np.asarray(

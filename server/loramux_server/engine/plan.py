@@ -4,6 +4,9 @@
     handle = runner.launch(plan)
     scheduler.commit(plan, handle.result())
 
+One step may be planned and launched *behind* another, before that one's results are in: its rows then take the token
+that the step before samples on the device. If the step before fails, so does the one behind it.
+
 A plan holds plain Python values only: no tensors, no clocks. A step is idempotent until `commit`: a failed or dropped
 step may be planned and launched again, because it writes only to pages and rows that the plan's sequences own. Pages,
 slab rows and staging buffers named by a plan are released only when the last launched step that reads them finished.
@@ -22,7 +25,9 @@ class RowPlan:
 
     Attributes:
         sequence_id: Small integer, unique while the sequence lives; keys per-sequence device state (penalties).
-        token_ids: Tokens computed now (a prefill chunk, or the last sampled token).
+        token_ids: Tokens computed now (a prefill chunk, or the last sampled token); one placeholder if `source` is set.
+        source: Index, among the sampled rows of the step before, of the row whose token is this row's only token; -1 =
+            `token_ids` are known.
         start: Position of the first of them = KV length before the step.
         pages: Page numbers covering positions `[0, start + len(token_ids))`, in order. Page 0 is never among them.
         slot: Slab slot of the adapter, -1 for the base.
@@ -30,7 +35,8 @@ class RowPlan:
         sampling: The request's sampling; None only when neither sampled nor prompt log-probabilities are asked.
         choice: Index of the sequence in its request (counter of the random numbers).
         position: Position of the token to be sampled = start + len(token_ids).
-        history: All token ids known so far (prompt + output), for penalties and bad words; a live view, do not keep.
+        history: All token ids known so far (prompt + output), for penalties and bad words; a live view, do not keep. It
+            lacks the token of `source`.
         prompt_length: Prompt tokens in `history`.
         prompt_logprobs: k when this chunk must give log-probabilities of the tokens that follow each of its tokens.
         prompt_targets: Those following tokens; as many as `token_ids`, one less at the prompt's end.
@@ -49,6 +55,7 @@ class RowPlan:
     prompt_length: int
     prompt_logprobs: int | None = None
     prompt_targets: Sequence[int] = ()
+    source: int = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +75,13 @@ class StepPlan:
         step: Counter.
         rows: At least one.
         copies: Page copies that happen before the forward pass.
+        behind: The step launched before this one whose results were not in when this was planned; 0 = none.
     """
 
     step: int
     rows: Sequence[RowPlan]
     copies: Sequence[PageCopy] = ()
+    behind: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -178,8 +187,13 @@ class Runner(Protocol):
         """Tokens a page."""
         ...
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `launch` returns before the step is over."""
+        ...
+
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Start a step."""
+        """Start a step; steps run in the order of their launches."""
         ...
 
     def release_sequence(self, sequence_id: int) -> None:

@@ -66,6 +66,7 @@ class RequestTable:
         self._free_ids: list[int] = []
         self._ids_made = 0
         self._released: list[tuple[int, bool]] = []
+        self._cooling: list[int] = []
 
     def __len__(self) -> int:
         """Living requests."""
@@ -296,9 +297,13 @@ class RequestTable:
         self.waiting.push(request)
 
     def take_released(self) -> list[int]:
-        """Sequence ids whose device state may go, since the last call; after it they may be given out again."""
+        """Sequence ids whose device state may go, since the last call.
+
+        An id is given out again one call later: by then no launched step has a row of its last owner.
+        """
         released, self._released = self._released, []
-        self._free_ids.extend(sequence_id for sequence_id, ended in released if ended)
+        self._free_ids.extend(self._cooling)
+        self._cooling = [sequence_id for sequence_id, ended in released if ended]
         return [sequence_id for sequence_id, _ in released]
 
     def _leave_slab(self, request: Request) -> None:

@@ -218,7 +218,7 @@ def _spec(row: RowPlan) -> SamplingSpec:
 def _banned(row: RowPlan, spec: SamplingSpec) -> set[int]:
     """Tokens that must not come next: end tokens before `min_tokens`, and those that would complete a bad word."""
     banned: set[int] = set()
-    if len(row.history) - row.prompt_length < spec.min_tokens:
+    if row.position - row.prompt_length < spec.min_tokens:
         banned.update(spec.stop_token_ids)
         banned.update(spec.eos_token_ids if not spec.ignore_eos else ())
     for word in filter(None, spec.bad_words):

@@ -49,16 +49,58 @@ class Scheduler:
         self._fairness = fairness
         self._limits = limits
         self._steps = 0
+        self._behind: dict[int, int] = {}
         self._prefill_budget = limits.max_batch_tokens
         self._calm = 0
 
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None when nothing can run now."""
+    def schedule(self, now: float, *, behind: StepPlan | None = None) -> StepPlan | None:
+        """The next step, or None when nothing can run now.
+
+        Args:
+            now: Monotonic seconds.
+            behind: The launched step whose results are not in yet. Nothing is preempted then; None is also the answer
+                when the results have to come first.
+        """
+        if behind is None:
+            return self._plan(now, 0)
+        marked = self._mark(behind)
+        try:
+            if self._must_wait(behind):
+                return None
+            return self._plan(now, behind.step)
+        finally:
+            self._behind = {}
+            for sequence in marked:
+                sequence.in_flight = sequence.pending = 0
+
+    def _mark(self, behind: StepPlan) -> list[Sequence]:
+        """Set what the launched step will have done to its sequences, as far as it is known."""
+        marked: list[Sequence] = []
+        sampled = 0
+        for row in behind.rows:
+            entry = self._table.sequence(row.sequence_id)
+            if entry is not None:
+                request, sequence = entry
+                sequence.in_flight = len(row.token_ids)
+                if row.sample and sequence.output_length + 1 < request.max_tokens:
+                    sequence.pending = 1
+                    self._behind[row.sequence_id] = sampled
+                marked.append(sequence)
+            sampled += row.sample
+        return marked
+
+    def _must_wait(self, behind: StepPlan) -> bool:
+        running = self._table.running
+        if sum(self._cost(request) for request in running) > self._kv.pool.available:
+            return True
+        return any(request.needs_history and any(s.pending for s in request.alive) for request in running)
+
+    def _plan(self, now: float, behind: int) -> StepPlan | None:
         self._give_pages()
         decode: list[RowPlan] = []
         prefill: list[RowPlan] = []
         copies: list[PageCopy] = []
-        behind: list[Request] = []
+        partial: list[Request] = []
         width = 0
         for request in self._table.running:
             width += len(request.alive)
@@ -69,9 +111,9 @@ class Scheduler:
                 else:
                     up_to_date = False
             if not up_to_date:
-                behind.append(request)
+                partial.append(request)
         budget = min(self._limits.max_batch_tokens - len(decode), self._prefill_budget)
-        for request in behind:
+        for request in partial:
             budget -= self._prefill(request, budget, prefill, copies, decoding=True)
         rows = self._limits.max_running - width
         if budget > 0 and rows > 0:
@@ -83,7 +125,7 @@ class Scheduler:
         if not decode and not prefill:
             return None
         self._steps += 1
-        return StepPlan(step=self._steps, rows=decode + prefill, copies=copies)
+        return StepPlan(step=self._steps, rows=decode + prefill, copies=copies, behind=behind)
 
     def ran_out_of_memory(self, plan: StepPlan) -> None:
         """Plan smaller prefills for a while: the device had no room for this step."""
@@ -137,7 +179,9 @@ class Scheduler:
 
     def _ready_to_fork(self, request: Request) -> bool:
         alive = request.alive
-        return not request.forked and (len(alive) == 1 or alive[0].computed == request.prompt_length - 1)
+        if request.forked:
+            return False
+        return len(alive) == 1 or (alive[0].computed == request.prompt_length - 1 and not alive[0].in_flight)
 
     def _fork_when_ready(self, request: Request) -> None:
         if self._ready_to_fork(request):
@@ -156,29 +200,32 @@ class Scheduler:
         for sequence in request.alive if request.forked else request.alive[:1]:
             if decoding and request.forked and sequence.remaining == 1:
                 continue
-            until = len(sequence.tokens) if request.forked else request.prompt_length - 1
-            chunk = min(until - sequence.computed, self._limits.prefill_chunk, budget - used)
+            until = sequence.length if request.forked else request.prompt_length - 1
+            chunk = min(until - sequence.launched_tokens, self._limits.prefill_chunk, budget - used)
             if chunk > 0:
                 rows.append(self._row(request, sequence, chunk, copies))
                 used += chunk
         return used
 
     def _row(self, request: Request, sequence: Sequence, chunk: int, copies: list[PageCopy]) -> RowPlan:
-        start = sequence.computed
+        start = sequence.launched_tokens
         end = start + chunk
         sampling = request.add.sampling
-        sample = request.forked and end == len(sequence.tokens)
+        sample = request.forked and end == sequence.length
+        # A pending token is always computed alone: it is the one token that a decode row has left.
+        late = end > len(sequence.tokens)
+        assert not late or chunk == 1, "a row mixes known tokens with a pending one"
         asked: int | None = None
         targets: list[int] = []
         if sampling.prompt_logprobs is not None and request.owes_prompt_logprobs and sequence is request.alive[0]:
             targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt_length)]
             asked = sampling.prompt_logprobs if targets else None
-        if sequence.pending_copy is not None:
+        if sequence.pending_copy is not None and not sequence.in_flight:
             copies.append(sequence.pending_copy)
         sequence.launched = True
         return RowPlan(
             sequence_id=sequence.sequence_id,
-            token_ids=sequence.tokens[start:end],
+            token_ids=(0,) if late else sequence.tokens[start:end],
             start=start,
             pages=sequence.pages[: self._kv.pages_for(end)],
             slot=request.slot,
@@ -190,4 +237,5 @@ class Scheduler:
             prompt_length=sequence.prompt_length,
             prompt_logprobs=asked,
             prompt_targets=targets,
+            source=self._behind[sequence.sequence_id] if late else -1,
         )

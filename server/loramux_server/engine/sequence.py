@@ -14,6 +14,8 @@ class Sequence:
         tokens: Prompt and output so far.
         prompt_length: How many of `tokens` are prompt.
         computed: Leading tokens whose KV is in `pages`.
+        in_flight: Tokens behind those that a launched step computes; set only while a step behind it is planned.
+        pending: Tokens (0 or 1) behind `tokens` that this step samples and that will be computed; likewise.
         pages: Pages in order; they may reach past `computed`.
         keys: Prefix-cache keys of the leading full pages, as far as they were needed.
         pending_copy: Copy-on-write that must happen before the next row; holds a reference on its source page.
@@ -27,9 +29,11 @@ class Sequence:
         "computed",
         "final_tokens",
         "finish_reason",
+        "in_flight",
         "keys",
         "launched",
         "pages",
+        "pending",
         "pending_copy",
         "prompt_length",
         "sequence_id",
@@ -42,6 +46,8 @@ class Sequence:
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.computed = 0
+        self.in_flight = 0
+        self.pending = 0
         self.pages: list[int] = []
         self.keys: list[bytes] = []
         self.pending_copy: PageCopy | None = None
@@ -55,9 +61,19 @@ class Sequence:
         return len(self.tokens) - self.prompt_length
 
     @property
+    def length(self) -> int:
+        """Tokens, the pending one included."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def launched_tokens(self) -> int:
+        """Leading tokens that are in the KV cache once every launched step is over."""
+        return self.computed + self.in_flight
+
+    @property
     def remaining(self) -> int:
-        """Tokens known but not yet in the KV cache; 1 = an ordinary decode row."""
-        return len(self.tokens) - self.computed
+        """Tokens that no launched step computes; 1 = an ordinary decode row."""
+        return self.length - self.launched_tokens
 
     def finish(self, reason: str, *, tokens: int | None = None) -> None:
         """End it; `tokens` counts fewer output tokens than were produced (a stop string matched earlier)."""

@@ -8,7 +8,7 @@ same addresses. On CPU both sides are the same memory.
 import numpy as np
 import torch
 
-from loramux_server.engine.packed_rows import Array, lora_segments, pack_rows, sampled_tokens
+from loramux_server.engine.packed_rows import Array, late_tokens, lora_segments, pack_rows, sampled_tokens
 from loramux_server.engine.plan import StepPlan
 from loramux_server.kernels.batch import ForwardBatch, LoraBatch
 
@@ -46,6 +46,8 @@ class BatchStaging:
                 (max_tokens, 4),  # order
                 (max_sequences + 1, 4),  # segment slots: base and one a sequence at most
                 (max_sequences + 2, 4),  # segment starts
+                (max_sequences, 8),  # late tokens: where they go
+                (max_sequences, 8),  # and which sampled rows they come from
             )
         )
         cuda = device.type == "cuda"
@@ -54,10 +56,14 @@ class BatchStaging:
         self._static = torch.empty(capacity, dtype=torch.uint8, device=device) if cuda else self._ring[0]
         self._turn = 0
 
-    def build(self, plan: StepPlan) -> ForwardBatch:
+    def build(self, plan: StepPlan, sampled: torch.Tensor | None = None) -> ForwardBatch:
         """Stage a plan.
 
         Sampled rows come first in `logit_rows`, in plan order, then the rows whose prompt log-probabilities are asked.
+
+        Args:
+            plan: What to stage.
+            sampled: `[R]` tokens that the step before has sampled, on the device; needed by rows with a `source`.
 
         Returns:
             Views of the static device buffer, valid until the next call.
@@ -77,7 +83,13 @@ class BatchStaging:
             lora_fields = lora_segments(packed.token_slots)
             segments = len(lora_fields[2])
             fields.extend(lora_fields)
+        late, sources = late_tokens(plan, packed.query_starts)
+        if len(late):
+            fields.extend((late, sources))
         tensors = self._send(fields)
+        if len(late):
+            assert sampled is not None, "a token is taken from no step"
+            tensors[0].index_copy_(0, tensors[-2], sampled.index_select(0, tensors[-1]).to(torch.int64))
         return ForwardBatch(
             token_ids=tensors[0],
             positions=tensors[1],

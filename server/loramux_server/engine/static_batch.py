@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loramux_server.engine.packed_rows import Array, lora_segments, pack_rows, sampled_tokens
+from loramux_server.engine.packed_rows import Array, late_tokens, lora_segments, pack_rows, sampled_tokens
 from loramux_server.engine.plan import StepPlan
 from loramux_server.kernels.batch import ForwardBatch, LoraBatch
 
@@ -73,6 +73,8 @@ class StaticBatch:
             "order": (max_tokens, 4),
             "segment_slots": (max_segments, 4),
             "segment_starts": (max_segments + 1, 4),
+            "late": (max_sequences, 8),
+            "sources": (max_sequences, 8),
             "table": (max_sequences * max_pages, 4),  # last: copied as far as the plan's widest row reaches
         }
         self._spans: dict[str, tuple[int, int, int]] = {}
@@ -115,8 +117,14 @@ class StaticBatch:
             page_size=self._page_size,
         )
 
-    def fill(self, plan: StepPlan, shape: BatchShape) -> None:
-        """Write a plan into the next host buffer, padded to the shape, and start its copy to the device."""
+    def fill(self, plan: StepPlan, shape: BatchShape, sampled: Tensor | None = None) -> None:
+        """Write a plan into the next host buffer, padded to the shape, and start its copy to the device.
+
+        Args:
+            plan: What to write.
+            shape: Its graph's.
+            sampled: `[R]` tokens that the step before has sampled, on the device; needed by rows with a `source`.
+        """
         turn = self._turn = (self._turn + 1) % _RING
         pending = self._events[turn]
         if pending is not None:
@@ -144,9 +152,15 @@ class StaticBatch:
             host["order"][:tokens] = order
             _put(host["segment_slots"], segment_slots, self._max_segments, -1)
             _put(host["segment_starts"], segment_starts, self._max_segments + 1, tokens)
+        late, sources = late_tokens(plan, packed.query_starts)
+        host["late"][: len(late)], host["sources"][: len(late)] = late, sources
         host["table"][: used * width] = packed.page_tables.reshape(-1)
         end = self._spans["table"][0] + used * width * 4
         self._device_buffer[:end].copy_(self._ring[turn][:end], non_blocking=True)
+        if len(late):
+            assert sampled is not None, "a token is taken from no step"
+            chosen = sampled.index_select(0, self._views["sources"][: len(late)])
+            self._views["token_ids"].index_copy_(0, self._views["late"][: len(late)], chosen.to(torch.int64))
         # Columns past `width` keep what an earlier batch left there: nothing reads past a sequence's length.
         self._table[:used, :width].copy_(self._views["table"][: used * width].view(used, width))
         if used < sequences and shape.decode:

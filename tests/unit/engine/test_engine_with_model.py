@@ -89,9 +89,10 @@ def make_requests() -> list[Add]:
     ]
 
 
-def test_a_crowded_engine_gives_what_each_request_gets_alone(directory: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_crowded_engine_gives_what_each_request_gets_alone(directory: Path, ahead: bool) -> None:
     requests = make_requests()
-    engine, close = make_engine(directory, kv_pages=27, rank_units=3, max_slots=3)
+    engine, close = make_engine(directory, kv_pages=27, rank_units=3, max_slots=3, schedule_ahead=ahead)
     crowded, ends, stats = run(engine, requests)
     close()
     assert {end.status for end in ends} == {"finished"} and len(ends) == len(requests)

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -151,9 +152,9 @@ def test_a_step_takes_the_smallest_rung_that_holds_it(twins: Twins) -> None:
             assert shape.tokens == min(rung for rung in (1, 2, 4, 6) if rung >= plan.num_tokens)
 
 
-@pytest.mark.parametrize("max_batch_tokens", [64, 6])
+@pytest.mark.parametrize(("max_batch_tokens", "ahead"), [(64, False), (64, True), (6, False), (6, True)])
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
-    files: tuple[Path, list[Path]], max_batch_tokens: int
+    files: tuple[Path, list[Path]], max_batch_tokens: int, ahead: bool
 ) -> None:
     base, adapters = files
     config = EngineConfig(
@@ -177,7 +178,8 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
     jobs = random_jobs(16, adapters=len(adapters), vocab=96, seed=4, longest=40)
     outputs = []
     for record in (record_eagerly, None):
-        engine = RealEngine(config, adapters, record=record)
+        settings = msgspec.structs.replace(config, schedule_ahead=ahead and record is not None)
+        engine = RealEngine(settings, adapters, record=record)
         outputs.append(engine.run(jobs))
         steps = engine.engine.stats().steps
         assert engine.runner.replays >= steps if record is not None else engine.runner.replays == 0

@@ -13,7 +13,12 @@ VOCAB = 50
 
 
 def make_row(
-    spec: SamplingSpec, *, position: int = 8, choice: int = 0, history: tuple[int, ...] = (1, 2, 3), prompt: int = 3
+    spec: SamplingSpec,
+    *,
+    position: int | None = None,
+    choice: int = 0,
+    history: tuple[int, ...] = (1, 2, 3),
+    prompt: int = 3,
 ) -> RowPlan:
     return RowPlan(
         sequence_id=0,
@@ -24,7 +29,7 @@ def make_row(
         sample=True,
         sampling=spec,
         choice=choice,
-        position=position,
+        position=len(history) if position is None else position,
         history=history,
         prompt_length=prompt,
     )
