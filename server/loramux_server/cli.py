@@ -56,6 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="write a checkpoint with its linear weights in NF4")
     quantize.add_argument("source", metavar="SRC", help="directory of the checkpoint, or a hub id")
     quantize.add_argument("target", metavar="DST", help="directory to write; must not exist")
+    plan = commands.add_parser(
+        "plan", help="say what fits on a device, before anything is loaded", argument_default=argparse.SUPPRESS
+    )
+    plan.add_argument("--adapters", type=_positive, help="adapters resident at once (default: --max-slots)")
+    plan.add_argument("--rank", type=_positive, help="rank of each of them (default 16)")
+    plan.add_argument(
+        "--context", type=_positive, help="tokens of a request (default: --max-model-len, or the model's)"
+    )
+    plan.add_argument("--memory", type=float, metavar="GIB", help="memory of the device (default: of this machine's)")
+    _add_settings(plan)
     config = commands.add_parser("config", help="check or show settings")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_settings(actions.add_parser("check", help="check settings", argument_default=argparse.SUPPRESS))
@@ -86,6 +96,8 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.command == "quantize":
         return _quantize(parsed.source, parsed.target)
     config = _config(parsed)
+    if parsed.command == "plan":
+        return _plan(config, parsed)
     if parsed.command == "config":
         if parsed.action == "show":
             print(show_config(config), end="")
@@ -134,6 +146,33 @@ def _quantize(source: str, target: str) -> int:
         raise UsageError(f"cannot quantize {source}: {error}") from error
     print(f"\nwrote {target}", file=sys.stderr)
     return EXIT_OK
+
+
+def _plan(config: ServerConfig, parsed: argparse.Namespace) -> int:
+    from loramux_server.hub import resolve_model
+    from loramux_server.plan_command import plan  # torch and transformers, only where they are needed
+
+    memory = getattr(parsed, "memory", None)
+    if memory is not None and not 0 < memory < 1e6:
+        raise UsageError(f"--memory {memory:g}: give the GiB of the device, for example 80")
+    directory = resolve_model(config.model, flag="--model")
+    text = plan(
+        config,
+        directory,
+        adapters=getattr(parsed, "adapters", None),
+        rank=getattr(parsed, "rank", 16),
+        context=getattr(parsed, "context", None),
+        memory=memory,
+    )
+    print(text)
+    return EXIT_OK
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def _one_line(text: str) -> str:

@@ -47,6 +47,7 @@ class ServerConfig:
         rank_units: Adapter slab in units of 16 rank rows.
         max_slots: Adapters resident at once.
         max_rank: Largest adapter rank.
+        schedule_ahead: Launch a step before the results of the one before are in; None = on CUDA.
         shadow: Keep dequantized weights; None = decided by the engine.
         prefix_cache: Reuse KV of equal prefixes.
         batch_invariant: Tokens do not depend on the batch.
@@ -84,6 +85,7 @@ class ServerConfig:
     rank_units: int
     max_slots: int
     max_rank: int
+    schedule_ahead: bool | None
     shadow: bool | None
     prefix_cache: bool
     batch_invariant: bool
@@ -142,6 +144,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="rank_units", kind=int, default=64, low=1, high=65536, help="adapter slab in units of 16 rank rows"),
     Option(name="max_slots", kind=int, default=64, low=1, high=65536, help="adapters resident at once"),
     Option(name="max_rank", kind=int, default=64, low=16, high=1024, multiple_of=16, help="largest adapter rank"),
+    Option(
+        name="schedule_ahead",
+        kind=bool,
+        default=None,
+        negative="--no-schedule-ahead",
+        help="launch a step before the results of the one before are in",
+    ),
     Option(name="shadow", kind=bool, default=None, negative="--no-shadow", help="keep a dequantized copy of weights"),
     Option(
         name="prefix_cache", kind=bool, default=True, negative="--no-prefix-cache", help="reuse KV of equal prefixes"

@@ -145,6 +145,7 @@ def engine_config(config: ServerConfig, model: Path) -> EngineConfig:
         rank_units=config.rank_units,
         max_slots=config.max_slots,
         batch_invariant=config.batch_invariant,
+        schedule_ahead=config.schedule_ahead,
         shadow=config.shadow,
         threads=config.threads,
         self_test=config.self_test,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.messages import Ready, SamplingSpec, TokenLogprob
-from loramux_server.engine.plan import OutOfMemory, RowResult, StepPlan, StepResult
+from loramux_server.engine.plan import OutOfMemory, RowPlan, RowResult, StepPlan, StepResult
 
 VOCAB_SIZE = 64
 
@@ -232,14 +232,14 @@ class FakeRunner:
 
     def _with_tokens(self, plan: StepPlan) -> StepPlan:
         """The plan with the tokens that the step before has sampled."""
-        rows = []
-        for row in plan.rows:
-            if row.source >= 0:
-                token = self._sampled[row.source]
-                assert token is not None and len(row.token_ids) == 1 and row.start == len(row.history)
-                row = dataclasses.replace(row, token_ids=[token], history=[*row.history, token])
-            rows.append(row)
-        return dataclasses.replace(plan, rows=rows)
+        return dataclasses.replace(plan, rows=[self._with_token(row) for row in plan.rows])
+
+    def _with_token(self, row: RowPlan) -> RowPlan:
+        if row.source < 0:
+            return row
+        token = self._sampled[row.source]
+        assert token is not None and len(row.token_ids) == 1 and row.start == len(row.history)
+        return dataclasses.replace(row, token_ids=[token], history=[*row.history, token])
 
     def release_sequence(self, sequence_id: int) -> None:
         self.live_sequences.discard(sequence_id)

@@ -1,7 +1,9 @@
 """Running planned steps one ahead of their results, and in smaller pieces when the device has no room.
 
 While the results of a step are on their way, the one behind it is launched already, so the device never waits for the
-host between two steps. A step is idempotent until it is committed, so after `OutOfMemory` its rows are launched again: decode rows together
+host between two steps.
+
+A step is idempotent until it is committed, so after `OutOfMemory` its rows are launched again: decode rows together
 (halved when even that does not fit), then prefill chunks one request at a time, each halved until it fits. Only a chunk
 that fails alone at one token, or a decode row that fails alone, fails its request.
 """

@@ -60,7 +60,7 @@ def plan_kv(
             f"max_model_len: {config.max_model_len} is out of [2, {spec.max_position}]; this model was made for "
             f"sequences of up to {spec.max_position} tokens: lower --max-model-len or leave it out"
         )
-    page_bytes = spec.num_layers * 2 * config.page_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    bytes_of_page = page_bytes(spec, config.page_size, dtype)
     wanted = config.max_model_len or spec.max_position
     if config.kv_pages is not None:
         pages = config.kv_pages
@@ -78,16 +78,22 @@ def plan_kv(
         # Other processes' memory counts as taken. Captured graphs keep the largest step's memory once more; the rest of
         # the reserve keeps fragmentation from ending a full pool.
         room = free - 2 * activation - int(total * (1.0 - config.gpu_memory_utilization))
-        pages = max(room, 0) // page_bytes
+        pages = max(room, 0) // bytes_of_page
     capacity = pages * config.page_size
     if config.max_model_len is None:
         wanted = min(wanted, capacity)
     if capacity < wanted or pages < 1:
         raise NotEnoughMemory(
             f"the KV pool holds {capacity} tokens ({pages} pages of {config.page_size}), but max_model_len is "
-            f"{wanted}: lower --max-model-len, or give more pages (--kv-pages, each takes {page_bytes / 2**20:.2f} MiB)"
+            f"{wanted}: lower --max-model-len, or give more pages "
+            f"(--kv-pages, each takes {bytes_of_page / 2**20:.2f} MiB)"
         )
-    return KvPlan(pages=pages, page_bytes=page_bytes, max_model_len=wanted)
+    return KvPlan(pages=pages, page_bytes=bytes_of_page, max_model_len=wanted)
+
+
+def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    return spec.num_layers * 2 * page_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
 def allocate_kv(

@@ -5,11 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 
 from loramux_base.checkpoint import read_json
-from loramux_base.shapes import UnsupportedBase, base_shapes
+from loramux_base.shapes import BaseShapes, UnsupportedBase, base_shapes
 from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
+from loramux_server.engine.capacity import plan_capacity
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.graphs import CudaRecorder, ForwardGraphs, Recorder
 from loramux_server.engine.memory import KvPlan, allocate_kv, plan_kv
@@ -22,6 +24,7 @@ from loramux_server.model.causal_lm import CausalLM
 from loramux_server.model.load import load_model
 from loramux_server.model.self_test import self_test
 from loramux_server.model.slab import LoraSlab
+from loramux_server.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> Mod
     )
     kv = allocate_kv(model.spec, pages=plan.pages, page_size=config.page_size, dtype=model.dtype, device=device)
     ready = _ready(config, model, plan, loader)
+    ready.details.update(_planned(config, model.spec, slab.base if slab is not None else None, device))
     runner = _runner(config, model, kv, slab, loader, plan.max_model_len, ready)
     _warm_up(runner, config, plan.max_model_len)
     if record is None and device.type == "cuda" and config.cuda_graphs:
@@ -75,6 +79,14 @@ def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> Mod
         runner.capture(_graphs(config, model, kv, slab, plan.max_model_len, record))
     ready.details["seconds_to_ready"] = f"{time.monotonic() - began:.1f}"
     return runner
+
+
+def _planned(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | None, device: torch.device) -> dict[str, str]:
+    """What `loramux-server plan` says of these settings, to be held against what came of them."""
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    settings = msgspec.structs.replace(config, device=device.type)
+    capacity = plan_capacity(settings, spec, shapes, memory=memory)
+    return {"planned.weight_bytes": str(capacity.weights), "planned.kv_pages": str(max(0, capacity.pages))}
 
 
 def _residency(

@@ -1,0 +1,63 @@
+"""`loramux-server plan`, as typed."""
+
+from pathlib import Path
+
+import pytest
+
+from loramux_server.cli import main
+from tests.support.tiny_models import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("plan") / "m")
+
+
+def test_it_tells_what_fits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", str(model), "--adapters", "32", "--rank", "20", "--context", "512", "--memory", "1"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "device cuda, 90 % of 1.0 GiB, weights nf4" in out
+    assert "32 slots, 64 rank units" in out
+    assert "128 requests of 512 tokens run at once (--max-running)" in out
+    assert "--max-model-len 512 --max-slots 32 --rank-units 64" in out
+
+
+def test_it_tells_when_nothing_fits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), "--memory", "0.001"]) == 0
+    assert "one request of 2048 tokens does not fit" in capsys.readouterr().out
+
+
+def test_a_base_without_adapters_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(make_checkpoint(tmp_path / "p", "phi3")), "--memory", "1"]) == 0
+    assert "this base takes none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "4096"], "--context 4096: this model was made for sequences of up to 2048 tokens"),
+        (["--memory", "nan"], "--memory nan: give the GiB of the device"),
+        (["--memory", "0"], "--memory 0: give the GiB"),
+        (["--max-slots", "0"], "max-slots"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", str(model), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--adapters", "--rank", "--context"])
+def test_counts_are_positive(model: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--model", str(model), flag, "0"])
+    assert stopped.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_cuda_elsewhere_needs_its_memory(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), "--device", "cuda"]) == 2
+    assert "--memory is missing" in capsys.readouterr().err
