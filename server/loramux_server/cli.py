@@ -56,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="write a checkpoint with its linear weights in NF4")
     quantize.add_argument("source", metavar="SRC", help="directory of the checkpoint, or a hub id")
     quantize.add_argument("target", metavar="DST", help="directory to write; must not exist")
+    tune = commands.add_parser("tune", help="measure which product is fastest on this GPU, for a model's shapes")
+    tune.add_argument("--model", required=True, help="directory of the base, a hub id, or `demo`")
     plan = commands.add_parser(
         "plan", help="say what fits on a device, before anything is loaded", argument_default=argparse.SUPPRESS
     )
@@ -95,6 +97,8 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     if parsed.command == "quantize":
         return _quantize(parsed.source, parsed.target)
+    if parsed.command == "tune":
+        return _tune(parsed.model)
     config = _config(parsed)
     if parsed.command == "plan":
         return _plan(config, parsed)
@@ -165,6 +169,18 @@ def _plan(config: ServerConfig, parsed: argparse.Namespace) -> int:
         memory=memory,
     )
     print(text)
+    return EXIT_OK
+
+
+def _tune(model: str) -> int:
+    from loramux_server.hub import resolve_model
+    from loramux_server.model.tuning import TuningFileError  # torch, only where it is needed
+    from loramux_server.tune_command import tune
+
+    try:
+        print(tune(resolve_model(model)))
+    except TuningFileError as error:
+        raise UsageError(str(error)) from error
     return EXIT_OK
 
 

@@ -12,6 +12,8 @@ from loramux_server.model.load import load_model
 from loramux_server.model.packing import Chunk, PagedSequences
 from loramux_server.model.self_test import self_test
 from loramux_server.model.spec import ModelSpec
+from loramux_server.model.tuning import read_tuning, tuning_path
+from loramux_server.tune_command import tune
 from tests.support.tiny_models import FAMILIES, make_checkpoint, make_config
 
 pytestmark = pytest.mark.gpu
@@ -78,3 +80,15 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     whole = layer(x)
     for rows in (1, 7, 64, 65, 130):
         assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+def test_a_tuned_card_serves_by_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = make_checkpoint(tmp_path / "m", hidden=256, layers=1, dtype="bfloat16")
+    assert load_model(directory, weights="nf4", device="cuda").details["tuned"] is False
+    text = tune(directory)
+    card = torch.cuda.get_device_name()
+    assert str(tuning_path(card)) in text and "dequantize" in text
+    assert {row.n for row in read_tuning(tuning_path(card)).rows}
+    model = load_model(directory, weights="nf4", device="cuda")
+    assert model.details["tuned"] is True

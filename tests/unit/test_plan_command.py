@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from loramux_server.cli import main
 from tests.support.tiny_models import make_checkpoint
@@ -61,3 +62,9 @@ def test_counts_are_positive(model: Path, flag: str, capsys: pytest.CaptureFixtu
 def test_cuda_elsewhere_needs_its_memory(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), "--device", "cuda"]) == 2
     assert "--memory is missing" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to tune")
+def test_tuning_needs_a_card(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--model", str(model)]) == 2
+    assert "tune needs a CUDA device" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from loramux_server.model.linear import Linear, TuningTable
 from loramux_server.model.names import LayerNames
 from loramux_server.model.rope import cos_sin
 from loramux_server.model.spec import ModelSpec
+from loramux_server.model.tuning import find_tuning
 from loramux_server.model.weights import CheckpointSource, WeightSource
 
 _log = logging.getLogger(__name__)
@@ -55,12 +56,13 @@ def load_model(
         shadow: Keep a dequantized copy of NF4 weights instead of the bytes; None = on the CPU yes, on CUDA no.
         batch_invariant: Make a row's result independent of the other rows.
         max_positions: Rows of the rotary tables; None = all that the model was made for.
-        table: Measured backend choices.
+        table: Measured backend choices; None = those of the card, if it was tuned.
         progress: Called with (layers done, layers).
 
     Raises:
         ModelLoadError: Unusable directory; the text names file and way out.
         UnsupportedModel: The config asks for what is not served.
+        TuningFileError: The card's table of measured choices cannot be read.
     """
     device = torch.device(device)
     checkpoint = Checkpoint(directory)
@@ -68,6 +70,10 @@ def load_model(
     source = CheckpointSource(checkpoint, weights=weights)
     dtype = dtype or (torch.float32 if weights == "fp32" else default_dtype(device))
     shadow = device.type == "cpu" if shadow is None else shadow
+    tuned = table is not None
+    if table is None and device.type == "cuda" and weights == "nf4" and not shadow:
+        table = find_tuning(torch.cuda.get_device_name(device))
+        tuned = table is not None
     model = assemble(
         spec,
         source,
@@ -85,6 +91,7 @@ def load_model(
         weights=weights,
         decode_product=product.backend(1),
         prefill_product=product.backend(512),
+        tuned=tuned,
         quantized_at_load=source.quantized_at_load,
         shadow=shadow and weights == "nf4",
         batch_invariant=batch_invariant,
