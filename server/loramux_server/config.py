@@ -63,7 +63,7 @@ class ServerConfig:
         replica_id: Name of this replica; None = host name.
         log_level: `debug`, `info`, `warning` or `error`.
         slow_reader_seconds: Time without progress after which a stream is given up.
-        engine_timeout: Seconds of silence with work in flight after which the engine is taken for hung and replaced.
+        engine_timeout: Seconds of silence after which the engine is taken for hung and replaced.
     """
 
     model: str
@@ -191,7 +191,7 @@ OPTIONS: tuple[Option, ...] = (
         default=120.0,
         low=1,
         high=86_400,
-        help="seconds of silence with work in flight after which the engine is taken for hung and replaced",
+        help="seconds of silence after which the engine is taken for hung and replaced",
     ),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}

@@ -125,6 +125,9 @@ class ScriptedEngine:
             self._stopped[command.request_id, command.index] = command.tokens
         elif isinstance(command, wire.Preload | wire.Unload):
             await self.send(wire.Completed(operation_id=command.operation_id, error=self._factory.operation_error))
+        elif isinstance(command, wire.Ping):
+            if not self._factory.deaf:
+                await self.send(wire.Pong())
         elif isinstance(command, wire.Shutdown):
             self._end(0)
 
@@ -234,6 +237,7 @@ class ScriptedEngines:
         self.startup_error: str | None = None
         self.start_gate: asyncio.Event | None = None
         self.operation_error: wire.ErrorSpec | None = None
+        self.deaf = False
         self.commands: list[wire.Command] = []
         self.frames = 0
         self.engines: list[ScriptedEngine] = []

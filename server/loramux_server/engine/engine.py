@@ -28,6 +28,8 @@ from loramux_server.engine.messages import (
     DropAlias,
     DropVersion,
     Event,
+    Ping,
+    Pong,
     Preload,
     PutAlias,
     PutVersion,
@@ -172,6 +174,8 @@ class Engine:
                 self._residency.preload(operation_id, version, now)
             case Unload(operation_id=operation_id, version=version):
                 self._residency.unload(operation_id, version)
+            case Ping():
+                self._emit(Pong())
             case Shutdown():
                 self.shut_down()
 

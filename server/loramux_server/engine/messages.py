@@ -171,11 +171,15 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
     version: str
 
 
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
+    """Answered by `Pong` in the next frame: an engine without work says nothing by itself."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Cancel what is left, flush events, exit 0."""
 
 
-Command = Add | Abort | Stop | PutVersion | DropVersion | PutAlias | DropAlias | Preload | Unload | Shutdown
+Command = Add | Abort | Stop | PutVersion | DropVersion | PutAlias | DropAlias | Preload | Unload | Ping | Shutdown
 
 
 class CommandFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -334,6 +338,10 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, tag="completed"):
     error: ErrorSpec | None = None
 
 
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
+    """The answer to `Ping`."""
+
+
 class VersionState(msgspec.Struct, frozen=True, kw_only=True, tag="version_state"):
     """Residency or references of a version changed; changes of references are coalesced, sent with `Stats`.
 
@@ -375,7 +383,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     requests_failed: int
 
 
-Event = Ready | Started | PromptLogprobs | Tokens | SequenceFinished | Done | Completed | VersionState | Stats
+Event = Ready | Started | PromptLogprobs | Tokens | SequenceFinished | Done | Completed | Pong | VersionState | Stats
 
 
 class EventFrame(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,8 +34,9 @@ _CHECKS = 4
 class EngineClient:
     """The engine as handlers see it: submit, abort, stop, adapter table, and the newest `Stats`.
 
-    An engine with work in flight reports at least once a step. One that is silent for `hang_seconds` is taken for hung:
-    its epoch ends as if it had died, and `hung` tells the supervisor not to wait for its exit.
+    An engine with work in flight reports at least once a step, and an idle one answers pings. One that is silent for
+    `hang_seconds` is taken for hung: its epoch ends as if it had died, and `hung` tells the supervisor not to wait for
+    its exit.
     """
 
     def __init__(self, *, hang_seconds: float = 120.0) -> None:
@@ -305,15 +306,17 @@ class EngineClient:
         self._watchdog = asyncio.get_running_loop().call_later(self._hang_seconds / _CHECKS, self._check_alive)
 
     def _check_alive(self) -> None:
-        if self._streams or self._operations:
-            self._silent_checks += 1
-        else:
-            self._silent_checks = 0
+        busy = bool(self._streams or self._operations)
+        self._silent_checks = self._silent_checks + 1 if busy or self._serving else 0
         if self._silent_checks > _CHECKS:
             self.hung = True
-            self._on_end(f"the engine was silent for {self._hang_seconds:g} s with work in flight")
-        else:
-            self._watch()
+            what = "with work in flight" if busy else "and answers no ping"
+            self._on_end(f"the engine was silent for {self._hang_seconds:g} s {what}")
+            return
+        if not busy:
+            # Silent by itself: without a question, that it hangs would show with the next request only.
+            self._send_if_attached(wire.Ping())
+        self._watch()
 
     def _flush(self) -> None:
         self._flush_scheduled = False

@@ -8,6 +8,8 @@ from loramux_server.engine.messages import (
     Done,
     DropAlias,
     DropVersion,
+    Ping,
+    Pong,
     Preload,
     PutVersion,
     SamplingSpec,
@@ -502,3 +504,11 @@ class TestReading:
         assert [reason(request) for request in bad] == ["ADAPTER_INCOMPATIBLE"] * 2
         assert good.done is not None and good.done.status == "finished"
         driver.assert_at_rest()
+
+
+def test_a_ping_is_answered_without_work() -> None:
+    driver = make_driver()
+    driver.engine.handle([Ping()])
+    assert driver.engine.has_work
+    driver.step()
+    assert driver.events[0] == Pong() and not driver.engine.has_work

@@ -7,6 +7,7 @@ from loramux_server.engine.messages import (
     Add,
     CommandFrame,
     EventFrame,
+    Ping,
     SamplingSpec,
     Shutdown,
     TokenLogprob,
@@ -22,6 +23,7 @@ COMMANDS = CommandFrame(
             salt=b"\x00\xff",
         ),
         Abort(request_id="r"),
+        Ping(),
         Shutdown(),
     ]
 )

@@ -111,6 +111,21 @@ async def test_without_an_engine_requests_are_refused_and_tables_wait_for_the_re
     client.check_integrity()
 
 
+async def test_an_idle_engine_that_answers_no_ping_is_hung() -> None:
+    engines = ScriptedEngines()
+    engines.deaf = True
+    engine = await engines(1)
+    client = EngineClient(hang_seconds=0.2)
+    await client.attach(engine.sock, 1)
+    await client.wait_ready()
+    client.open([])
+    async with asyncio.timeout(10):
+        assert "silent for 0.2 s and answers no ping" in await client.wait_lost()
+    assert client.hung
+    client.detach("the engine is restarting")
+    engine.kill()
+
+
 async def test_an_engine_that_is_silent_with_work_in_flight_is_hung_and_one_that_is_idle_is_not() -> None:
     engines = ScriptedEngines(lambda add: Script(hold=asyncio.Event()))
     engine = await engines(1)
@@ -120,7 +135,8 @@ async def test_an_engine_that_is_silent_with_work_in_flight_is_hung_and_one_that
     client.open([])
     lost = asyncio.create_task(client.wait_lost())
     await asyncio.sleep(0.5)
-    assert not lost.done() and not client.hung, "nothing is in flight"
+    assert not lost.done() and not client.hung, "it answers pings"
+    assert any(isinstance(command, wire.Ping) for command in engines.commands)
     stream = client.submit(add("a", 1))
     for _ in range(10):
         await asyncio.sleep(0.05)
