@@ -65,7 +65,7 @@ class Scheduler:
             return self._plan(now, 0)
         marked = self._mark(behind)
         try:
-            if self._must_wait(behind):
+            if self._must_wait():
                 return None
             return self._plan(now, behind.step)
         finally:
@@ -89,7 +89,8 @@ class Scheduler:
             sampled += row.sample
         return marked
 
-    def _must_wait(self, behind: StepPlan) -> bool:
+    def _must_wait(self) -> bool:
+        """Whether pages would have to be taken from somebody, or a token has to be known before the next is sampled."""
         running = self._table.running
         if sum(self._cost(request) for request in running) > self._kv.pool.available:
             return True
