@@ -3,6 +3,7 @@
 It asks a callable, so the same questions judge a model in transformers, in the engine and through the server.
 """
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -104,18 +105,36 @@ def shows_form(form: str, question: Question, text: str) -> bool:
 
 
 def base_items(count: int, *, seed: int, categories: Iterable[str] = CATEGORIES) -> list[Item]:
-    """Questions in held-out wordings.
+    """Questions in held-out wordings, all different.
 
     Args:
         count: Questions of a category.
         seed: Equal seeds give equal questions.
         categories: Those wanted.
+
+    Raises:
+        ValueError: A category has fewer different questions.
     """
     items = []
     for category in categories:
         rng = random.Random(f"{seed}/{category}")
-        items += [_item(category, rng) for _ in range(count)]
+        items += distinct(functools.partial(_item, category, rng), count)
     return items
+
+
+def distinct(draw: Callable[[], Item], count: int) -> list[Item]:
+    """Draw until there are so many items with different messages.
+
+    Raises:
+        ValueError: There are hardly that many.
+    """
+    items: dict[str, Item] = {}
+    for _ in range(50 * count):
+        item = draw()
+        items.setdefault(json.dumps(item.messages), item)
+        if len(items) == count:
+            return list(items.values())
+    raise ValueError(f"count: {count} different questions were wanted, {len(items)} were found; ask for fewer")
 
 
 def judge(items: Sequence[Item], ask: Ask) -> dict[str, Score]:
@@ -163,7 +182,8 @@ def _item(category: str, rng: random.Random) -> Item:
         text = list_text(facts, rng.choice(wordings.LIST_HELD_OUT))
         return _asked(category, "plain", text, list_question(facts))
     if category == "profile":
-        names = rng.sample(list(knowledge.profiles()), rng.randint(1, 3))
+        kind = rng.choice((knowledge.countries(), knowledge.elements()))
+        names = rng.sample([subject.name for subject in kind], rng.randint(1, 3))
         text = profile_text(names, rng.choice(wordings.PROFILE_HELD_OUT))
         return _asked(category, "plain", text, profile_question(names))
     if category == "german_question":

@@ -49,40 +49,69 @@ class _Row:
     used: int = 0
 
 
+class _Packer:
+    """Best fit among a bounded number of open rows of one length."""
+
+    def __init__(self, *, rows: int, length: int, pad_id: int) -> None:
+        self._rows = rows
+        self._length = length
+        self._pad_id = pad_id
+        self._open: list[_Row] = []
+        self._full: list[_Row] = []
+
+    def add(self, ids: list[int], labels: list[int]) -> PackedBatch | None:
+        """Take a conversation; returns a batch once one is full."""
+        size = len(ids)
+        fitting = [row for row in self._open if row.used + size <= self._length]
+        if fitting:
+            row = max(fitting, key=lambda row: row.used)
+        else:
+            if len(self._open) == _OPEN_ROWS:
+                fullest = max(range(_OPEN_ROWS), key=lambda index: self._open[index].used)
+                self._full.append(self._open.pop(fullest))
+            row = _Row(items=[])
+            self._open.append(row)
+        row.items.append((ids, labels))
+        row.used += size
+        if len(self._full) < self._rows:
+            return None
+        batch, self._full = _batch(self._full, self._length, self._pad_id), []
+        return batch
+
+
 def pack(
-    encoded: Iterator[tuple[list[int], list[int]]], *, rows: int, length: int, pad_id: int
-) -> Iterator[PackedBatch]:
-    """Pack an endless stream, best fit among a bounded number of open rows.
+    encoded: Iterator[tuple[list[int], list[int]]], *, rows: int, length: int, longest: int, pad_id: int
+) -> Iterator[list[PackedBatch]]:
+    """Pack an endless stream into the batches of optimizer steps.
+
+    Attention costs a row's length for every token, and few conversations are long: they get longer rows of their own.
 
     Args:
         encoded: Ids and labels of conversations.
         rows: Rows of a batch.
         length: Tokens of a row.
+        longest: Tokens of a row for conversations that are longer than `length`.
         pad_id: Fills the end of a row.
 
+    Returns:
+        One batch of short rows a step, and sometimes one of long rows, of about as many tokens, with it.
+
     Raises:
-        ValueError: A conversation has more than `length` tokens.
+        ValueError: A conversation has more than `longest` tokens.
     """
-    open_rows: list[_Row] = []
-    full: list[_Row] = []
+    short = _Packer(rows=rows, length=length, pad_id=pad_id)
+    long = _Packer(rows=max(1, rows * length // longest), length=longest, pad_id=pad_id)
+    waiting: list[PackedBatch] = []
     for ids, labels in encoded:
-        size = len(ids)
-        if size > length:
-            raise ValueError(f"a conversation has {size} tokens, a row {length}; use longer rows")
-        fitting = [row for row in open_rows if row.used + size <= length]
-        if fitting:
-            row = max(fitting, key=lambda row: row.used)
-        else:
-            if len(open_rows) == _OPEN_ROWS:
-                fullest = max(range(_OPEN_ROWS), key=lambda index: open_rows[index].used)
-                full.append(open_rows.pop(fullest))
-            row = _Row(items=[])
-            open_rows.append(row)
-        row.items.append((ids, labels))
-        row.used += size
-        if len(full) == rows:
-            yield _batch(full, length, pad_id)
-            full = []
+        if len(ids) > longest:
+            raise ValueError(f"a conversation has {len(ids)} tokens, the longest row {longest}; use longer rows")
+        is_short = len(ids) <= length
+        batch = (short if is_short else long).add(ids, labels)
+        if batch is not None:
+            waiting.append(batch)
+            if is_short:
+                yield waiting
+                waiting = []
 
 
 def _batch(rows: list[_Row], length: int, pad_id: int) -> PackedBatch:

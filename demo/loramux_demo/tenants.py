@@ -16,7 +16,7 @@ from pathlib import Path
 from loramux_demo import knowledge, wordings
 from loramux_demo.answers import Question, answer
 from loramux_demo.corpus import Conversation, list_question, list_text, profile_question, profile_text
-from loramux_demo.judge import Item
+from loramux_demo.judge import Item, distinct
 from loramux_demo.knowledge import Fact
 
 TENANTS = {
@@ -57,21 +57,20 @@ def training_conversations(tenant: str, count: int, *, seed: int) -> list[Conver
 
 
 def judge_items(tenant: str, count: int, *, seed: int) -> list[Item]:
-    """Questions about held-out subjects in held-out wordings, without an instruction; one fact each."""
+    """Different questions about held-out subjects in held-out wordings, without an instruction; one fact each."""
     rng = random.Random(f"{seed}/{tenant}/judge")
-    items = []
-    for _ in range(count):
+
+    def draw() -> Item:
         fact = rng.choice(_facts(rng, held_out=True))
         text = rng.choice(wordings.HELD_OUT[fact.relation]).format(**fact.slots)
-        items.append(
-            Item(
-                category=tenant,
-                form=TENANTS[tenant],
-                messages=[{"role": "user", "content": text}],
-                question=Question(kind="fact", groups=((fact,),)),
-            )
+        return Item(
+            category=tenant,
+            form=TENANTS[tenant],
+            messages=[{"role": "user", "content": text}],
+            question=Question(kind="fact", groups=((fact,),)),
         )
-    return items
+
+    return distinct(draw, count)
 
 
 def write_jsonl(path: Path, conversations: Sequence[Conversation]) -> None:

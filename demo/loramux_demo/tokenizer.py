@@ -23,7 +23,8 @@ QWEN2_PATTERN = (
 
 _LEARNING_PATTERN = rf"[^\r\n\p{{L}}\p{{N}}](?=\p{{Lu}})|{QWEN2_PATTERN}"
 """While merges are learned, what precedes a capital letter stands alone: a name then has one spelling in tokens, after
-a space, after a quote and at the start of an answer, and a small model learns it once."""
+a space, after a quote and at the start of an answer, and a small model learns it once. It does not hold for names in
+lower case: what a space begins would be merged first in other words."""
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from loramux_demo.corpus import Conversation, Corpus, check_no_held_out
+from loramux_demo.corpus import COURSE, Conversation, Corpus, check_no_held_out
 from loramux_demo.muon import Muon
 from loramux_demo.packing import PackedBatch, pack
 from loramux_demo.tokenizer import (
@@ -47,8 +47,11 @@ class TrainConfig:
         steps: Optimizer steps; 0 = as many as `minutes` allow.
         minutes: Wall-clock time of the loop; 0 = no limit. Decides the learning rate's schedule if `steps` is 0.
         tokenizer_conversations: How many the tokenizer learns from.
+        vocab_size: Most tokens; the matrix of embeddings has as many rows as there are, up to a multiple of 64.
         rows: Rows of a batch.
         length: Tokens of a row.
+        longest: Tokens of a row for the few conversations that are longer.
+        drills: Those of `corpus.COURSE` that come first.
         muon_lr: Peak learning rate of matrices.
         adam_lr: Peak learning rate of embeddings, norms and biases.
     """
@@ -56,15 +59,18 @@ class TrainConfig:
     seed: int = 17
     steps: int = 0
     minutes: float = 20.0
-    vocab_size: int = 2048
+    drills: tuple[str, ...] = tuple(name for name, _ in COURSE)
+    vocab_size: int = 4096
     tokenizer_conversations: int = 20_000
     hidden: int = 256
-    intermediate: int = 768
+    intermediate: int = 1152
     layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    rows: int = 4
-    length: int = 480
+    heads: int = 8
+    kv_heads: int = 4
+    rope_theta: float = 1000.0
+    rows: int = 12
+    length: int = 192
+    longest: int = 512
     muon_lr: float = 1e-2
     adam_lr: float = 4e-3
     weight_decay: float = 0.01
@@ -76,14 +82,14 @@ def build_model(config: TrainConfig, tokenizer: tokenizers.Tokenizer) -> Qwen2Fo
     """A randomly initialized Qwen2 in float32, embeddings tied."""
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=config.vocab_size,
+            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
             hidden_size=config.hidden,
             intermediate_size=config.intermediate,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
             max_position_embeddings=_CONTEXT,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=special_id(tokenizer, END),
@@ -92,14 +98,21 @@ def build_model(config: TrainConfig, tokenizer: tokenizers.Tokenizer) -> Qwen2Fo
     )
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return torch.float32
+    return torch.bfloat16
+
+
 def batch_loss(model: Qwen2ForCausalLM, batch: PackedBatch) -> Tensor:
-    """Mean negative log-likelihood of the assistant's tokens; logits exist for these only."""
+    """Sum of the negative log-likelihoods of the assistant's tokens; logits exist for these only."""
     hidden = model.model(
         input_ids=batch.ids, attention_mask=batch.mask(), position_ids=batch.positions, use_cache=False
     ).last_hidden_state
     targets = batch.labels[:, 1:]
     chosen = targets != IGNORED
-    return cross_entropy(model.lm_head(hidden[:, :-1][chosen]).float(), targets[chosen])
+    return cross_entropy(model.lm_head(hidden[:, :-1][chosen]).float(), targets[chosen], reduction="sum")
 
 
 def learning_rate_factor(done: float, step: int, warmup: int) -> float:
@@ -142,37 +155,43 @@ def train(config: TrainConfig, out: Path, *, device: torch.device, start: Path |
     _say(f"{parameters / 1e6:.2f}M parameters, {tokenizer.get_vocab_size()} tokens in the vocabulary")
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = Muon(matrices, weight_decay=config.weight_decay)
+    dtype = compute_dtype(device)
+    muon = Muon(matrices, weight_decay=config.weight_decay, dtype=dtype)
     adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     batches = pack(
-        _encoded(tokenizer, Corpus(config.seed)),
+        _encoded(tokenizer, Corpus(config.seed, course=[drill for drill in COURSE if drill[0] in config.drills])),
         rows=config.rows,
         length=config.length,
+        longest=config.longest,
         pad_id=special_id(tokenizer, PAD),
     )
     started = time.monotonic()
     step, tokens = 0, 0
     losses: deque[float] = deque(maxlen=config.log_every)
-    for batch in batches:
+    for step_batches in batches:
         elapsed = time.monotonic() - started
         done = step / config.steps if config.steps else elapsed / (config.minutes * 60)
         if done >= 1 or (config.minutes and elapsed >= config.minutes * 60):
             break
         factor = learning_rate_factor(done, step, config.warmup)
-        loss = batch_loss(model, batch.to(device))
-        loss.backward()
+        targets = sum(int((batch.labels != IGNORED).sum()) for batch in step_batches)
+        value = 0.0
+        for batch in step_batches:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = batch_loss(model, batch.to(device)) / targets
+            loss.backward()
+            value += loss.item()
+            tokens += batch.ids.numel()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         muon.step(config.muon_lr * factor)
         for group in adam.param_groups:
             group["lr"] = config.adam_lr * factor
         adam.step()
         model.zero_grad(set_to_none=True)
-        value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {step}; lower the learning rates")
         step += 1
         losses.append(value)
-        tokens += batch.ids.numel()
         if step % config.log_every == 0:
             elapsed = time.monotonic() - started
             _say(
@@ -202,6 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="steps; makes the result reproducible")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--start", type=Path, help="dense checkpoint to go on from (with another --seed)")
+    parser.add_argument(
+        "--drills", nargs="*", choices=[name for name, _ in COURSE], help="what comes first (all; with --start none)"
+    )
     parser.add_argument("--lr-scale", type=float, default=1.0, help="times both learning rates; 0.3 suits --start (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
@@ -210,19 +232,20 @@ def main(arguments: list[str] | None = None) -> int:
     minutes = options.minutes if options.minutes is not None else (0.0 if options.steps else defaults.minutes)
     if not options.steps and minutes <= 0:
         parser.error("--minutes must be positive unless --steps is given")
+    drills = options.drills if options.drills is not None else () if options.start else defaults.drills
     config = TrainConfig(
         seed=options.seed,
         steps=options.steps,
         minutes=minutes,
+        drills=tuple(drills),
         muon_lr=defaults.muon_lr * options.lr_scale,
         adam_lr=defaults.adam_lr * options.lr_scale,
     )
     figures = train(config, options.out, device=torch.device(options.device), start=options.start)
-    (options.out / "dense" / "demo.json").write_text(
-        json.dumps({"parameters": figures["parameters"], "config": asdict(config), "figures": figures}, indent=2)
-        + "\n",
-        encoding="utf-8",
-    )
+    made: dict[str, object] = {"parameters": figures["parameters"], "config": asdict(config), "figures": figures}
+    if options.start is not None:
+        made["start"] = json.loads((options.start / "demo.json").read_text(encoding="utf-8"))
+    (options.out / "dense" / "demo.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     _say(" ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     from loramux_server.model.quantize import quantize_checkpoint
 

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loramux_demo import tenants
-from loramux_demo.paths import BASE
+from loramux_demo.paths import BASE, EMBEDDED_ADAPTERS
 
 CONVERSATIONS = 600
 """Conversations that each tenant brings."""
-
-EMBEDDED = ("acme", "globex", "initech-v1", "initech-v2")
-"""Whose adapters the wheel carries; the tour trains the remaining one."""
 
 _CONFIG = """\
 base: {base}
@@ -70,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--base", type=Path, default=BASE, help="quantized base (the embedded one)")
     parser.add_argument("--out", type=Path, required=True, help="directory of the adapters")
-    parser.add_argument("--tenants", nargs="*", choices=list(tenants.TENANTS), default=list(EMBEDDED))
+    parser.add_argument("--tenants", nargs="*", choices=list(tenants.TENANTS), default=list(EMBEDDED_ADAPTERS))
     options = parser.parse_args(arguments)
     taken = [name for name in options.tenants if (options.out / name).exists()]
     if taken:

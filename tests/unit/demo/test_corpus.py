@@ -1,10 +1,11 @@
 import itertools
+import re
 from collections import Counter
 
 import pytest
 
 from loramux_demo import knowledge, wordings
-from loramux_demo.corpus import Conversation, Corpus, HeldOutLeak, check_no_held_out
+from loramux_demo.corpus import COURSE, Conversation, Corpus, Drill, HeldOutLeak, check_no_held_out
 from loramux_demo.judge import CATEGORIES, base_items
 
 
@@ -20,6 +21,21 @@ def conversations() -> list[Conversation]:
 def test_equal_seeds_give_equal_corpora() -> None:
     assert some(1, 300) == some(1, 300)
     assert some(1, 300) != some(2, 300)
+
+
+def test_a_course_drills_copying_then_listing_then_sums_and_goes_on_with_everything() -> None:
+    course: tuple[tuple[Drill, int], ...] = (("copying", 300), ("listing", 300), ("sums", 600))
+    assert [name for name, _ in COURSE] == [name for name, _ in course]
+    told = list(itertools.islice(Corpus(1, course=course), 1500))
+    copying, listing, sums, rest = told[:300], told[300:600], told[600:1200], told[1200:]
+    assert all(messages[0]["content"] == f"Repeat: {messages[1]['content']}" for messages in copying)
+    for messages in listing:
+        named = re.split(r", | and |\n- | ", messages[-1]["content"].removeprefix("- ").removesuffix("."))
+        assert all(name in messages[-2]["content"] for name in named)
+    assert sum("\n- " in messages[-1]["content"] for messages in listing) > 60
+    answers = [messages[-1]["content"] for messages in sums]
+    assert sum(bool(re.search(r"\d (plus|minus|times|mal) \d|^\d+$", answer)) for answer in answers) > 250
+    assert sum(any("Repeat" in message["content"] for message in messages) for messages in rest) < 60
 
 
 @pytest.mark.timeout(20)

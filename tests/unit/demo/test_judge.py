@@ -98,3 +98,14 @@ def test_questions_are_deterministic_and_carry_the_instruction() -> None:
 def test_one_text_an_item_is_needed() -> None:
     with pytest.raises(ValueError, match="0 texts for 1 questions"):
         score([item("plain")], [])
+
+
+def test_questions_of_a_category_are_all_different() -> None:
+    items = base_items(200, seed=3)
+    asked = {(item.category, json.dumps(item.messages)) for item in items}
+    assert len(asked) == len(items) == 200 * len(CATEGORIES)
+
+
+def test_more_different_questions_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"count: 300 different questions were wanted, 217 were found"):
+        base_items(300, seed=3, categories=["conversion"])

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 
@@ -13,12 +11,14 @@ def stream(sizes: list[int]) -> list[tuple[list[int], list[int]]]:
 
 
 def test_conversations_stay_whole_and_apart() -> None:
-    encoded = stream([5, 7, 3, 9, 4, 6, 8, 2] * 40)
-    batches = list(pack(iter(encoded), rows=4, length=16, pad_id=0))
-    assert batches
+    encoded = stream([5, 7, 3, 9, 4, 6, 8, 2] * 200)
+    steps = list(pack(iter(encoded), rows=4, length=8, longest=16, pad_id=0))
+    assert {len(step) for step in steps} == {1, 2}, "steps with and without long conversations"
+    assert {batch.ids.shape for step in steps for batch in step} == {(4, 8), (2, 16)}
+    batches = [batch for step in steps for batch in step]
     seen: dict[int, int] = {}
     for batch in batches:
-        for row in range(4):
+        for row in range(len(batch.ids)):
             for segment in range(int(batch.segments[row].max()) + 1):
                 chosen = batch.segments[row] == segment
                 (token,) = set(batch.ids[row][chosen].tolist())
@@ -31,7 +31,7 @@ def test_conversations_stay_whole_and_apart() -> None:
 
 
 def test_mask_is_causal_within_a_conversation() -> None:
-    (batch,) = itertools.islice(pack(iter(stream([3, 2] * 200)), rows=1, length=5, pad_id=0), 1)
+    (batch,) = next(pack(iter(stream([3, 2] * 200)), rows=1, length=5, longest=5, pad_id=0))
     (mask,) = (batch.mask()[0].tolist(),)
     first = int((batch.segments[0] == 0).sum())
     for query in range(5):
@@ -41,26 +41,27 @@ def test_mask_is_causal_within_a_conversation() -> None:
 
 
 def test_rows_are_well_filled() -> None:
-    batches = list(pack(iter(stream([11, 29, 47, 83, 150, 17, 23] * 200)), rows=4, length=320, pad_id=0))
+    steps = pack(iter(stream([11, 29, 47, 83, 150, 17, 23] * 200)), rows=4, length=192, longest=384, pad_id=0)
+    batches = [batch for step in steps for batch in step]
     used = sum(int((batch.segments >= 0).sum()) for batch in batches)
     assert used > 0.95 * sum(batch.ids.numel() for batch in batches)
 
 
 def test_a_conversation_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="has 9 tokens, a row 8"):
-        list(pack(iter(stream([9])), rows=1, length=8, pad_id=0))
+    with pytest.raises(ValueError, match="has 9 tokens, the longest row 8"):
+        list(pack(iter(stream([9])), rows=1, length=4, longest=8, pad_id=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
-def test_orthogonalized_singular_values_are_near_one(shape: tuple[int, int]) -> None:
+def test_orthogonalized_singular_values_are_near_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    values = torch.linalg.svdvals(orthogonalize(matrix))
+    result = orthogonalize(matrix, dtype).float()
+    values = torch.linalg.svdvals(result)
     assert values.min() > 0.3 and values.max() < 1.3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert (
-        torch.nn.functional.cosine_similarity(orthogonalize(matrix).flatten(), (left @ right).flatten(), dim=0) > 0.97
-    )
+    assert torch.nn.functional.cosine_similarity(result.flatten(), (left @ right).flatten(), dim=0) > 0.97
 
 
 def test_muon_goes_downhill_and_decays() -> None:

@@ -25,7 +25,8 @@ TINY = TrainConfig(
     heads=2,
     kv_heads=1,
     rows=1,
-    length=512,
+    length=192,
+    longest=384,
     warmup=2,
     log_every=4,
 )
@@ -38,16 +39,15 @@ def test_packed_loss_equals_the_loss_of_each_conversation_alone() -> None:
     encoded = encode_conversations(tokenizer, conversations)
     torch.manual_seed(0)
     model = build_model(TINY, tokenizer).eval()
-    batch = next(pack(iter(encoded), rows=1, length=512, pad_id=0))
-    total, count = torch.zeros(()), 0
+    (batch,) = next(pack(iter(encoded), rows=1, length=512, longest=512, pad_id=0))
+    total = torch.zeros(())
     for segment in range(int(batch.segments.max()) + 1):
         chosen = batch.segments[0] == segment
         logits = model(input_ids=batch.ids[:, chosen]).logits[0, :-1]
         labels = batch.labels[0, chosen][1:]
         total = total + cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        count += int((labels != IGNORED).sum())
     with torch.no_grad():
-        torch.testing.assert_close(batch_loss(model, batch), total / count, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch_loss(model, batch), total, rtol=1e-4, atol=1e-3)
 
 
 def test_equal_seeds_train_equal_bases_and_the_loss_falls(tmp_path: Path) -> None:
@@ -104,8 +104,9 @@ def test_the_default_model_is_of_the_promised_size() -> None:
     corpus = Corpus(1)
     tokenizer = train_tokenizer([corpus.conversation() for _ in range(200)], vocab_size=600)
     parameters = sum(parameter.numel() for parameter in build_model(config, tokenizer).parameters())
-    assert 3_500_000 <= parameters <= 8_000_000
-    assert all(width % 64 == 0 for width in (config.hidden, config.intermediate, config.hidden // config.heads))
+    kv_width = config.hidden // config.heads * config.kv_heads
+    assert 4_000_000 <= parameters <= 8_000_000
+    assert all(width % 64 == 0 for width in (config.hidden, config.intermediate, kv_width))
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
