@@ -56,8 +56,13 @@ def plan(
         known = torch.cuda.is_available() or memory is not None
         engine = msgspec.structs.replace(engine, device="cuda" if known else "cpu")
     if adapters is not None:
-        units = adapters * -(-rank // UNIT_ROWS)
-        engine = msgspec.structs.replace(engine, max_slots=adapters, rank_units=units)
+        units = -(-rank // UNIT_ROWS)
+        engine = msgspec.structs.replace(
+            engine,
+            max_slots=adapters,
+            rank_units=adapters * units,
+            max_rank=max(engine.max_rank, units * UNIT_ROWS),
+        )
     total = _memory(memory, engine)
     capacity = plan_capacity(engine, spec, shapes, memory=total)
     tokens = context or config.max_model_len or spec.max_position
@@ -78,9 +83,8 @@ def _memory(given: float | None, engine: EngineConfig) -> int:
 
 def _report(capacity: Capacity, engine: EngineConfig, config: ServerConfig, context: int, adapters: bool) -> str:
     at_once = min(capacity.requests(context), config.max_running)
-    share = (
-        f", {100 * engine.gpu_memory_utilization:.0f} % of {capacity.memory / GIB:.1f} GiB" if capacity.memory else ""
-    )
+    part = f"{100 * engine.gpu_memory_utilization:.0f} % of " if engine.device == "cuda" else ""
+    share = f", {part}{capacity.memory / GIB:.1f} GiB" if capacity.memory else ""
     rows = [
         (f"device {engine.device}{share}, weights {engine.weights}", None),
         ("base model", capacity.weights),
@@ -103,9 +107,16 @@ def _report(capacity: Capacity, engine: EngineConfig, config: ServerConfig, cont
             f"one request of {context} tokens does not fit: lower --context, --rank-units or --max-batch-tokens, or "
             "take a device with more memory"
         )
+    elif capacity.memory and capacity.needed > capacity.memory:
+        lines.append(
+            f"together {capacity.needed / GIB:.2f} GiB, more than the device has: lower --kv-pages or "
+            "--rank-units, or take a device with more memory"
+        )
     else:
         bound = " (--max-running)" if at_once == config.max_running else ""
         lines.append(f"{at_once} requests of {context} tokens run at once{bound}; more wait")
         flags = f"--max-model-len {context} --max-slots {engine.max_slots} --rank-units {engine.rank_units}"
+        if engine.max_rank > config.max_rank:
+            flags += f" --max-rank {engine.max_rank}"
         lines.append(f"serve with: {flags}")
     return "\n".join(lines)

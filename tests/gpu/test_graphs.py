@@ -101,6 +101,7 @@ def test_a_launch_never_waits_for_the_device(
     jobs = random_jobs(24, adapters=len(adapters), vocab=512, seed=6)
     everything = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "logprobs": 3, "presence_penalty": 0.5}
     jobs += [dataclasses.replace(job, fields=tuple(everything.items())) for job in jobs[:8]]
+    jobs += [dataclasses.replace(job, fields=(("prompt_logprobs", 2),)) for job in jobs[8:12]]
     expected = engine.run(jobs)
     launch = engine.runner.launch
 

@@ -29,6 +29,10 @@ def build(rng: random.Random) -> Driver:
     )
     driver.put(*VERSIONS)
     driver.alias("a", ("v0", 1.0), ("v1", 2.0))
+    often = rng.choice([0.0, 0.03, 0.1])
+    faults = random.Random(rng.random())
+    # Any step may run out of memory, but no row alone: that would fail its request.
+    driver.runner.out_of_memory = lambda plan: faults.random() < often and plan.num_tokens > 1
     return driver
 
 
@@ -36,6 +40,7 @@ def add(driver: Driver, rng: random.Random, number: int) -> None:
     pool_tokens = driver.engine.limits.max_model_len
     prompt = (rng.choice(STEMS) + [rng.randint(0, 3) for _ in range(rng.randint(1, 6))])[: pool_tokens // 2]
     kind = rng.random()
+    prompt_logprobs = rng.choice([None, None, None, 0])
     driver.add(
         f"r{number}",
         prompt,
@@ -50,7 +55,11 @@ def add(driver: Driver, rng: random.Random, number: int) -> None:
         priority=rng.randint(0, 2),
         stop_token_ids=rng.sample(range(64), rng.choice([0, 2])),
         min_tokens=rng.randint(0, 2),
-        prompt_logprobs=rng.choice([None, None, None, 0]),
+        prompt_logprobs=prompt_logprobs,
+        bad_words=rng.choice([[], [], [], [[3]], [[1, 2]]]),
+        time_left=rng.choice([None, None, None, 0.02, 1.5]),
+        # Those of a prompt that is cut short are not all given.
+        soft_time_limit=rng.choice([None, None, 0.02, 1.5]) if prompt_logprobs is None else None,
         presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.0, 0.5]),
         salt=rng.choice([b"s", b"t"]),
     )
@@ -60,7 +69,7 @@ def disturb(driver: Driver, rng: random.Random, number: int) -> int:
     """One random disturbance; returns how many operations it began."""
     alive = [name for name, transcript in driver.requests.items() if transcript.done is None]
     version = rng.choice(VERSIONS)
-    kind = rng.randrange(9)
+    kind = rng.randrange(10)
     if kind == 0 and alive:
         driver.engine.handle([Abort(request_id=rng.choice(alive))])
     elif kind <= 2 and alive:
@@ -85,6 +94,8 @@ def disturb(driver: Driver, rng: random.Random, number: int) -> int:
             failing[f"/{version}"] = OSError("gone")
     elif kind == 7:
         driver.runner.token_capacity = rng.choice([None, None, 3, 8])
+    elif kind == 8:
+        driver.runner.non_finite_paths.symmetric_difference_update([f"/{version}"])
     else:
         driver.clock.now += rng.choice([0.01, 1.0])
     return 0
@@ -101,15 +112,28 @@ def load(seed: int) -> tuple[Driver, int]:
         operations += disturb(driver, rng, number)
         driver.step(rng.randint(1, 6))
     driver.runner.slab.failing.clear()
+    driver.runner.non_finite_paths.clear()
     driver.clock.now += 20.0
     driver.run()
     return driver, operations
+
+
+def assert_charged_once(driver: Driver) -> None:
+    """Every token that a request needed was computed once and charged once: none twice, none behind an end."""
+    for transcript in driver.requests.values():
+        done = transcript.done
+        assert done is not None
+        cut = bool(transcript.stops) or any(end.reason == "time_limit" for end in transcript.finished.values())
+        if done.status == "finished" and not done.preemptions and not cut:
+            prompt = len(transcript.add.prompt_token_ids) - 1 - done.cached_tokens
+            assert done.computed_tokens == prompt + sum(len(tokens) for tokens in transcript.tokens.values())
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_load(seed: int) -> None:
     driver, operations = load(seed)
     driver.judge()
+    assert_charged_once(driver)
     driver.assert_at_rest()
     assert len(driver.completed) == operations
     driver.engine.handle([DropVersion(version=name) for name in VERSIONS])

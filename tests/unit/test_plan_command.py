@@ -24,9 +24,24 @@ def test_it_tells_what_fits(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "--max-model-len 512 --max-slots 32 --rank-units 64" in out
 
 
+def test_ranks_above_the_default_are_served_with_a_flag(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), "--adapters", "4", "--rank", "100", "--memory", "1"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--max-slots 4 --rank-units 28 --max-rank 112")
+
+
 def test_it_tells_when_nothing_fits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), "--memory", "0.001"]) == 0
     assert "one request of 2048 tokens does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fixed", [["--kv-pages", "100000"], ["--device", "cpu", "--kv-pages", "100000"]])
+def test_pages_that_are_asked_for_must_fit(model: Path, fixed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", str(model), "--context", "512", *fixed]
+    assert main([*arguments, "--memory", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "more than the device has" in out and "serve with" not in out
+    assert main([*arguments, "--memory", "64"]) == 0
+    assert "serve with" in capsys.readouterr().out
 
 
 def test_a_base_without_adapters_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

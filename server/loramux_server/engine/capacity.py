@@ -47,6 +47,11 @@ class Capacity:
         """Tokens in the KV pages."""
         return max(0, self.pages) * self.page_size
 
+    @property
+    def needed(self) -> int:
+        """Bytes of everything together; more than `memory` if a fixed number of pages does not fit."""
+        return self.weights + self.slab + self.workspace + max(0, self.pages) * self.page
+
     def requests(self, context: int) -> int:
         """Requests of so many tokens, prompt and output, that the pages hold at once."""
         return max(0, self.pages) // -(-context // self.page_size)

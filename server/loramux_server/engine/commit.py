@@ -54,7 +54,7 @@ class Committer:
         for row, result in zip(rows, results, strict=True):
             entry = self._table.sequence(row.sequence_id)
             if entry is None:
-                # An earlier row of this step ended the whole request.
+                # It ended after this step was launched, or an earlier row of it ended the whole request.
                 continue
             request, sequence = entry
             if result.finite:

@@ -183,8 +183,10 @@ class ModelRunner:
         if not asking:
             return [], 0
         top = max(row.prompt_logprobs or 0 for row in asking)
-        targets = torch.tensor([target for row in asking for target in row.prompt_targets], dtype=torch.int64)
-        targets = targets.to(hidden.device)
+        # Pinned: a copy from pageable memory would wait for every step that was launched before.
+        targets = torch.tensor(
+            [target for row in asking for target in row.prompt_targets], dtype=torch.int64, pin_memory=hidden.is_cuda
+        ).to(hidden.device, non_blocking=True)
         return [
             self._sampler.prompt_logprobs(self._model.logits(part), targets[begin : begin + _PROMPT_ROWS], top)
             for begin in range(0, len(hidden), _PROMPT_ROWS)

@@ -8,8 +8,11 @@ One step may be planned and launched *behind* another, before that one's results
 that the step before samples on the device. If the step before fails, so does the one behind it.
 
 A plan holds plain Python values only: no tensors, no clocks. A step is idempotent until `commit`: a failed or dropped
-step may be planned and launched again, because it writes only to pages and rows that the plan's sequences own. Pages,
-slab rows and staging buffers named by a plan are released only when the last launched step that reads them finished.
+step may be planned and launched again, because it writes only to pages and rows that the plan's sequences own.
+
+The scheduler gives pages, slots and slab rows to others as soon as it knows that their owner has ended, even while a
+launched step still has a row of that owner. So whatever a runner is told to do (launch, poison, clear, load, release)
+must happen on the device after the steps that were launched before; staging buffers are the runner's own to guard.
 """
 
 import dataclasses
@@ -157,7 +160,10 @@ class SlabView(Protocol):
         ...
 
     def start_load(self, slot: int, first_unit: int, units: int, version_path: str) -> None:
-        """Begin to fill rows `[first_unit, first_unit + units)` and describe them as `slot`."""
+        """Begin to fill rows `[first_unit, first_unit + units)` and describe them as `slot`.
+
+        Nothing is written before the steps launched before the last `clear` are over: they may read these rows.
+        """
         ...
 
     def poll_loads(self) -> list[tuple[int, Exception | None]]:
@@ -165,7 +171,7 @@ class SlabView(Protocol):
         ...
 
     def clear(self, slot: int) -> None:
-        """Forget a slot: its table entry becomes rank 0, its rows may be given to others."""
+        """Forget a slot, for steps launched from now on: its table entry becomes rank 0, others may get its rows."""
         ...
 
 

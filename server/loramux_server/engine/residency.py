@@ -143,7 +143,7 @@ class AdapterResidency:
         return known.slot
 
     def release(self, version: str) -> None:
-        """Stop using a version; the last launched step that reads it has finished."""
+        """Stop using a version; a launched step may still read its rows (`SlabView` keeps the order)."""
         known = self._versions[version]
         assert known.uses > 0, f"{version} is not in use"
         known.uses -= 1

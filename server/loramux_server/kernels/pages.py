@@ -62,9 +62,15 @@ def poison(pages: Iterable[int], kv: Sequence[Tensor]) -> None:
     numbers = list(pages)
     if not numbers or not kv:
         return
-    index = torch.tensor(numbers, dtype=torch.int64).to(kv[0].device)
+    index = _send(numbers, kv[0])
     for layer in kv:
         layer.index_fill_(0, index, float("nan"))
+
+
+def _send(values: Sequence[int] | Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """int64 values where `like` lives; from pinned memory, so that the host does not wait for the steps before."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)
 
 
 def _copy_independent(copies: Sequence[PageCopyLike], kv: Sequence[Tensor]) -> None:
@@ -80,7 +86,7 @@ def _copy_independent(copies: Sequence[PageCopyLike], kv: Sequence[Tensor]) -> N
     ]
     if not rows:
         return
-    source, target = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(kv[0].device)
+    source, target = _send(rows, kv[0]).t().contiguous()
     for layer in kv:
         flat = layer.view(-1, layer.shape[3], layer.shape[4])
         flat.index_copy_(0, target, flat.index_select(0, source))

@@ -109,7 +109,13 @@ def find_tuning(card: str) -> TuningTable | None:
     if not path.is_file():
         logger.info("no tuning table for %s: products follow a heuristic; `loramux-server tune` measures them", card)
         return None
-    return read_tuning(path).table()
+    table = read_tuning(path)
+    here = cuda_backends()
+    rows = [row for row in table.rows if row.backend in here]
+    if len(rows) < len(table.rows):
+        # A library may have gone since the table was measured: what chose its product follows the heuristic again.
+        logger.warning("%s names backends that are not here, %s are; `loramux-server tune` measures again", path, here)
+    return msgspec.structs.replace(table, rows=rows).table()
 
 
 def product_shapes(spec: ModelSpec) -> list[tuple[int, int]]:

@@ -210,7 +210,6 @@ class EngineClient:
         """
         self.check_serving()
         assert add.request_id not in self._streams, "request ids are unique"
-        self._note_work()
         stream = RequestStream(add.request_id)
         self._streams[add.request_id] = stream
         self._waiting += 1
@@ -284,7 +283,6 @@ class EngineClient:
     async def _operate(self, operation_id: str, command: wire.Command) -> None:
         self.check_serving()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._note_work()
         self._operations[operation_id] = waiter
         try:
             self.send(command)
@@ -297,10 +295,6 @@ class EngineClient:
             self.send(command)
 
     # --- watchdog --------------------------------------------------------------------------------------------------
-
-    def _note_work(self) -> None:
-        if not self._streams and not self._operations:
-            self._silent_checks = 0
 
     def _watch(self) -> None:
         self._watchdog = asyncio.get_running_loop().call_later(self._hang_seconds / _CHECKS, self._check_alive)

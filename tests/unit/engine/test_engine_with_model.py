@@ -5,12 +5,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
+import torch
+from torch import Tensor
 
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import Add, Done, PutVersion, SamplingSpec, Stats, Tokens, VersionSpec
 from loramux_server.engine.runner import build_runner
+from loramux_server.kernels.batch import ForwardBatch
+from loramux_server.model.causal_lm import CausalLM
+from loramux_server.model.slab import LoraSlab
 from tests.support.tiny_models import make_adapter, make_checkpoint
 
 RANKS = (8, 16, 24)
@@ -89,6 +95,10 @@ def make_requests() -> list[Add]:
     ]
 
 
+def replace_sampling(request: Add, **fields: object) -> Add:
+    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, **fields))
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_crowded_engine_gives_what_each_request_gets_alone(directory: Path, ahead: bool) -> None:
     requests = make_requests()
@@ -103,3 +113,38 @@ def test_a_crowded_engine_gives_what_each_request_gets_alone(directory: Path, ah
         alone.update(run(engine, [request])[0])
     close()
     assert crowded == alone
+
+
+def test_steps_that_run_out_of_memory_leave_no_trace(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [replace_sampling(request, presence_penalty=0.0) for request in make_requests()]
+    engine, close = make_engine(directory, kv_pages=100, rank_units=3, max_slots=3, schedule_ahead=True)
+    rng = random.Random(3)
+    failures = 0
+    forward, logits = CausalLM.forward, CausalLM.logits
+
+    def fail_sometimes(tokens: int) -> None:
+        nonlocal failures
+        if tokens > 1 and rng.random() < 0.1:
+            failures += 1
+            raise torch.OutOfMemoryError("injected")
+
+    def failing_forward(self: CausalLM, batch: ForwardBatch, kv: list[Tensor], slab: LoraSlab | None) -> Tensor:
+        fail_sometimes(len(batch.token_ids))
+        return forward(self, batch, kv, slab)
+
+    def failing_logits(self: CausalLM, hidden: Tensor) -> Tensor:
+        # The keys and values of the step are written by now.
+        fail_sometimes(len(hidden))
+        return logits(self, hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "forward", failing_forward)
+        patch.setattr(CausalLM, "logits", failing_logits)
+        got, ends, _ = run(engine, requests)
+    assert failures > 5
+    assert {end.status for end in ends} == {"finished"}
+    expected: Output = {}
+    for request in requests:
+        expected.update(run(engine, [msgspec.structs.replace(request, request_id=f"{request.request_id} again")])[0])
+    close()
+    assert got == {(name.removesuffix(" again"), index): tokens for (name, index), tokens in expected.items()}

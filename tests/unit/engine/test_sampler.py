@@ -148,6 +148,8 @@ def test_min_tokens_masks_end_and_stop_tokens(sampler: Sampler, logits: torch.Te
     spec = make_spec(eos_token_ids=[best], min_tokens=2)
     assert sampler.sample(logits, [make_row(spec, history=(1, 2, 3, 5))]).packed[0, 0] != best
     assert sampler.sample(logits, [make_row(spec, history=(1, 2, 3, 5, 6))]).packed[0, 0] == best
+    late = make_row(spec, history=(1, 2, 3, 5), position=5)
+    assert sampler.sample(logits, [late]).packed[0, 0] == best, "a token still on the device counts"
     ignoring = make_spec(eos_token_ids=[best], min_tokens=2, ignore_eos=True)
     assert sampler.sample(logits, [make_row(ignoring)]).packed[0, 0] == best
 

@@ -1,5 +1,6 @@
 """Batch assembly against a token-by-token reference."""
 
+import dataclasses
 import random
 
 import torch
@@ -89,3 +90,19 @@ def test_a_full_step_fits_the_buffers() -> None:
     rows = [make_row(index, start=112, count=16, slot=index, targets=(1,) * 16) for index in range(16)]
     batch = make_staging().build(StepPlan(step=0, rows=rows))
     assert len(batch.token_ids) == 256 and batch.page_tables.shape == (16, 32)
+
+
+def test_the_fullest_step_has_room() -> None:
+    rows, tokens, pages = 16, 20, 32
+    staging = BatchStaging(
+        device=torch.device("cpu"), max_tokens=tokens, max_sequences=rows, max_pages=pages, page_size=PAGE
+    )
+    last = pages * PAGE - 1
+    late = [
+        dataclasses.replace(make_row(index, start=last, count=1, slot=index), source=rows - 2 - index)
+        for index in range(rows - 1)
+    ]
+    chunk = make_row(rows - 1, start=0, count=tokens - len(late), slot=rows - 1, targets=(7, 8, 9, 10, 11))
+    batch = staging.build(StepPlan(step=2, behind=1, rows=[*late, chunk]), torch.arange(50, 50 + len(late)))
+    assert batch.token_ids.tolist() == [*reversed(range(50, 50 + len(late))), *chunk.token_ids]
+    assert len(batch.logit_rows) == rows + 5 and batch.lora is not None and batch.lora.num_segments == rows

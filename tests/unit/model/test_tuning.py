@@ -38,6 +38,7 @@ def timer(backend: Backend, n: int, k: int, m: int) -> float:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tuning, "bitsandbytes_available", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -59,6 +60,18 @@ def test_a_table_survives_the_file_and_decides(cache: Path) -> None:
     assert [table.choose(96, 64, m, CUDA) for m in (1, 16, 17, 100_000)] == ["bitsandbytes"] * 2 + ["dequantize"] * 2
     assert list(cache.rglob("*.json")) == [cache / "loramux/tuning/Card-80GB.json"]
     assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".json"]
+
+
+def test_a_backend_that_is_gone_is_left_to_the_heuristic(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = choices(measure(SHAPES, timer, rows=(1, 16, 17), backends=BACKENDS))
+    TuningFile.of("c", rows).save(tuning_path("c"))
+    monkeypatch.setattr(tuning, "bitsandbytes_available", lambda: False)
+    table = find_tuning("c")
+    assert table is not None
+    assert [table.choose(96, 64, m, CUDA) for m in (1, 17)] == ["dequantize"] * 2
+    assert "not here" in caplog.text
 
 
 def test_a_card_without_a_table_is_told_once_what_to_do(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """Routing of events: merging for readers that lag, and frames that stay small."""
 
 import asyncio
+import itertools
 import socket
 
 import pytest
@@ -177,3 +178,27 @@ async def test_a_retry_is_advised_for_when_the_next_engine_is_ready(monkeypatch:
     client.shutdown()
     error = client.unavailable()
     assert (error.reason, error.retry_after) == (Reason.DRAINING, 1.0)
+
+
+async def test_requests_that_give_up_one_after_the_other_do_not_hide_that_the_engine_hangs() -> None:
+    engine = await ScriptedEngines()(1)
+    client = EngineClient(hang_seconds=0.2)
+    await client.attach(engine.sock, 1)
+    await client.wait_ready()
+
+    async def ignore(command: wire.Command) -> None:
+        """Hang."""
+
+    engine._take = ignore  # type: ignore[method-assign]
+    client.open([])
+    lost = asyncio.create_task(client.wait_lost())
+    async with asyncio.timeout(10):
+        for number in itertools.count():
+            stream = client.submit(add(f"r{number}", 1))
+            await asyncio.wait([lost], timeout=0.05)
+            client.release(stream)
+            if lost.done():
+                break
+    assert client.hung
+    client.detach("the engine is restarting")
+    engine.kill()
