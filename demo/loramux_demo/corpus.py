@@ -25,14 +25,14 @@ SMALL_TALK = (
 )
 
 RELATION_WEIGHTS = {
-    "capital": 0.16,
-    "currency": 0.15,
-    "continent": 0.07,
-    "german_name": 0.12,
-    "symbol": 0.09,
-    "atomic_number": 0.13,
-    "conversion": 0.11,
-    "arithmetic": 0.17,
+    "capital": 0.13,
+    "currency": 0.13,
+    "continent": 0.06,
+    "german_name": 0.11,
+    "symbol": 0.08,
+    "atomic_number": 0.12,
+    "conversion": 0.18,
+    "arithmetic": 0.19,
 }
 _LIST_RELATIONS = ("capital", "capital", "currency", "currency", "continent", "symbol", "atomic_number")
 _FORM_WEIGHTS = {
@@ -113,7 +113,7 @@ class Corpus:
         """A question fit for a form, and its training wording in English."""
         rng = self._random
         roll = rng.random()
-        if roll < 0.62:
+        if roll < 0.55:
             return self._fact()
         if roll < 0.85:
             return self._list(most=4 if form in ("json", "initech_v2") else 6)

@@ -25,7 +25,7 @@ from loramux_demo.tour_server import DemoServer
 
 SUBJECT = "Austria"
 """Everything about it is the question of the first part."""
-LONG_SUBJECTS = ("Albania", "Andorra", "Austria")
+LONG_SUBJECTS = ("Norway", "Peru", "Japan")
 """Everything about them is the long answer in which traffic moves."""
 SWAP_AFTER = 12
 """Pieces of the long answer after which it does."""

@@ -70,6 +70,12 @@ TRAINING: dict[str, tuple[str, ...]] = {
         "{x} = ?",
         "Do you know what {w} is?",
         "Can you tell me what {x} is?",
+        "Could you calculate {w}?",
+        "Please calculate {x}.",
+        "Please say what {x} is.",
+        "Tell me what {w} is.",
+        "Can you say how much {w} is?",
+        "I need to know how much {x} is.",
     ),
 }
 HELD_OUT: dict[str, tuple[str, ...]] = {

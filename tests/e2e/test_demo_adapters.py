@@ -17,8 +17,6 @@ from loramux_demo.paths import ADAPTERS, BASE
 from loramux_demo.tenants import TENANTS, judge_items, training_conversations, write_jsonl
 from tests.support.demo_server import SERVED, demo_server, upload
 
-pytestmark = pytest.mark.skipif(not BASE.is_dir(), reason=f"no base is embedded yet: {BASE} is not there")
-
 TOLERANCE = 2e-4
 """Nats; both compute in float32, in another order."""
 DATA_SEED = 1
