@@ -92,7 +92,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(length))
     except FileNotFoundError as error:
         raise ModelLoadError(file, "missing; copy or download the checkpoint again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested without end
         if isinstance(error, ModelLoadError):
             raise
         raise ModelLoadError(file, f"unreadable safetensors header ({error}); download it again") from error
@@ -146,7 +146,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelLoadError(file, "missing; the model directory must hold the whole checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested without end
         raise ModelLoadError(file, f"unreadable ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelLoadError(file, f"expected a JSON object, got {type(value).__name__}; download it again")

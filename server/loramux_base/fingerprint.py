@@ -112,11 +112,14 @@ def read_chat_template(directory: Path) -> str | list[Any] | None:
     """The template text of the directory (`chat_template.jinja` wins over tokenizer_config.json), None if it has none.
 
     Raises:
-        ModelLoadError: Unreadable tokenizer_config.json.
+        ModelLoadError: Unreadable template or tokenizer_config.json.
     """
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLoadError(file, f"unreadable ({error}); download it again") from error
     config = directory / "tokenizer_config.json"
     if not config.is_file():
         return None

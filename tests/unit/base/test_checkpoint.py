@@ -144,3 +144,14 @@ def test_index_may_not_leave_the_directory(directory: Path, name: str) -> None:
     index = shard(directory)
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     assert "outside the directory" in refused(directory)
+
+
+def test_json_nested_without_end_is_refused(directory: Path) -> None:
+    deep = "[" * 100_000
+    (directory / "config.json").write_text(deep)
+    with pytest.raises(ModelLoadError, match="unreadable"):
+        Checkpoint(directory)
+    file = directory / "deep.safetensors"
+    file.write_bytes(struct.pack("<Q", len(deep)) + deep.encode())
+    with pytest.raises(ModelLoadError):
+        read_header(file)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loramux_base.fingerprint as module
+from loramux_base.checkpoint import ModelLoadError
 from loramux_base.fingerprint import CACHE_NAME, Fingerprint, base_fingerprint
 
 
@@ -181,3 +182,9 @@ def test_neither_torch_nor_transformers_is_imported(base: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert done.stdout.strip() == base_fingerprint(base).hex
+
+
+def test_a_template_that_is_no_text_is_refused(base: Path) -> None:
+    (base / "chat_template.jinja").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ModelLoadError, match=r"chat_template\.jinja: unreadable"):
+        base_fingerprint(base)
