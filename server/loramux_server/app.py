@@ -27,11 +27,12 @@ from loramux_server.rpc.freshness import Freshness
 from loramux_server.rpc.generation_service import GenerationService
 from loramux_server.rpc.limits import MAX_SEQUENCES, Limits
 from loramux_server.rpc.model_service import ModelService
-from loramux_server.rpc.pipeline import Pipeline, SlowReader
+from loramux_server.rpc.pipeline import Pipeline
 from loramux_server.rpc.prompt import PromptEncoder
 from loramux_server.rpc.replica import BaseModel, Phase, ReplicaView
 from loramux_server.rpc.resolver import TableResolver
 from loramux_server.rpc.server import GrpcServer, HealthState, PortInUse, Transport, service_names
+from loramux_server.rpc.slow_reader import SlowReader
 from loramux_server.rpc.token_bytes import token_bytes_of
 from loramux_server.supervisor import CrashLoop, EngineStartupError, RestartPolicy, Supervisor
 from loramux_server.telemetry.probe import ProbeServer, ProbeSources

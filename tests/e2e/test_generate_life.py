@@ -19,8 +19,8 @@ from loramux.v1 import generation_pb2 as pb
 from loramux_server.app import App, ServeError
 from loramux_server.engine.messages import PutAlias, Started
 from loramux_server.rpc import pipeline
-from loramux_server.rpc.pipeline import SlowReader
 from loramux_server.rpc.server import Transport
+from loramux_server.rpc.slow_reader import SlowReader
 from loramux_server.run import serve
 from loramux_server.supervisor import CrashLoop, RestartPolicy
 from tests.support.front_end import (

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -27,6 +26,7 @@ from loramux_server.errors import (
     Unavailable,
 )
 from loramux_server.rpc.call import Call, Method
+from loramux_server.rpc.slow_reader import SlowReader, StallGuard
 from loramux_server.rpc.status import Trailers, code_of, to_status, trailers_of
 from loramux_server.telemetry.context import CORRELATION_ID, GENERATION_ID, correlation_id_from
 from loramux_server.tenancy.access import Acting
@@ -80,23 +80,6 @@ class CallObserver(Protocol):
 
 
 ObserveCall = Callable[[str, Mapping[str, str]], CallObserver]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlowReader:
-    """When a stalled stream is given up: more than `pending_bytes` wait and no write completed for `seconds`."""
-
-    pending_bytes: int = 64 * 1024
-    seconds: float = 30.0
-
-
-class MeteredStream(Protocol):
-    """A response iterator that knows how much output waits behind it."""
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of output that wait for the reader."""
-        ...
 
 
 class Pipeline(grpc.GenericRpcHandler):
@@ -266,7 +249,7 @@ class Pipeline(grpc.GenericRpcHandler):
 
     async def _write_all(self, responses: AsyncIterator[Message], context: Context) -> None:
         """Write a response stream; the iterator is closed however this ends, so that its `finally` blocks run."""
-        guard = _StallGuard(self._slow_reader, responses)
+        guard = StallGuard(self._slow_reader, responses)
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -294,39 +277,6 @@ class Pipeline(grpc.GenericRpcHandler):
             close = getattr(responses, "aclose", None)
             if close is not None:
                 await close()
-
-
-class _StallGuard:
-    """Cancels the task of a stream that nobody reads; one timer a stream, not one a message."""
-
-    def __init__(self, limit: SlowReader, responses: object) -> None:
-        self.tripped = False
-        self.writing_since: float | None = None
-        self._limit = limit
-        self._responses = responses
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        if hasattr(responses, "pending_bytes"):
-            self._arm()
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _arm(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._limit.seconds / 4, self._check)
-
-    def _check(self) -> None:
-        since = self.writing_since
-        stalled = since is not None and time.monotonic() - since >= self._limit.seconds
-        if stalled and getattr(self._responses, "pending_bytes", 0) > self._limit.pending_bytes:
-            self.tripped = True
-            self._timer = None
-            assert self._task is not None
-            self._task.cancel()
-        else:
-            self._arm()
 
 
 def _draining() -> Unavailable:
