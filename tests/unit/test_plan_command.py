@@ -71,7 +71,7 @@ def test_counts_are_positive(model: Path, flag: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--model", str(model), flag, "0"])
     assert stopped.value.code == 2
-    assert flag in capsys.readouterr().err
+    assert f"{flag}: '0' is no positive whole number" in capsys.readouterr().err
 
 
 def test_cuda_elsewhere_needs_its_memory(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
