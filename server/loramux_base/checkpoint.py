@@ -146,7 +146,9 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelLoadError(file, "missing; the model directory must hold the whole checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:  # the last: nested without end
+    except RecursionError as error:
+        raise ModelLoadError(file, "unreadable (nested too deeply); download it again") from error
+    except (OSError, ValueError) as error:
         raise ModelLoadError(file, f"unreadable ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelLoadError(file, f"expected a JSON object, got {type(value).__name__}; download it again")
