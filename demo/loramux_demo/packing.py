@@ -20,12 +20,15 @@ class PackedBatch:
         labels: [B, L] int64, not shifted; `IGNORED` where there is no loss.
         positions: [B, L] int64, from 0 in each conversation.
         segments: [B, L] int64, number of the conversation in its row; padding has its own.
+        learned: [T] int64, the flat places whose next token has a label. Made with the batch, since finding them on a
+            GPU waits for it.
     """
 
     ids: Tensor
     labels: Tensor
     positions: Tensor
     segments: Tensor
+    learned: Tensor
 
     def mask(self) -> Tensor:
         """[B, 1, L, L] bool: causal attention inside a conversation."""
@@ -40,6 +43,7 @@ class PackedBatch:
             labels=self.labels.to(device),
             positions=self.positions.to(device),
             segments=self.segments.to(device),
+            learned=self.learned.to(device),
         )
 
 
@@ -128,4 +132,6 @@ def _batch(rows: list[_Row], length: int, pad_id: int) -> PackedBatch:
             positions[index, start:stop] = torch.arange(stop - start)
             segments[index, start:stop] = number
             start = stop
-    return PackedBatch(ids=ids, labels=labels, positions=positions, segments=segments)
+    # A conversation's first token has no label, so no place is the last of its row.
+    learned = torch.nonzero(labels.flatten() != IGNORED).squeeze(1) - 1
+    return PackedBatch(ids=ids, labels=labels, positions=positions, segments=segments, learned=learned)

@@ -1,6 +1,7 @@
 """Captured graphs give what eager launches give, for any mix of rows, adapters and slots."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,13 @@ def test_a_launch_never_waits_for_the_device(
     expected = engine.run(jobs)
     launch = engine.runner.launch
 
+    with warnings.catch_warnings():  # torch says once that the mode is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("default")
+
     def watched(plan: StepPlan) -> StepHandle:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             return launch(plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -64,6 +64,21 @@ def test_the_base_stays_in_four_bits_and_the_adapter_in_float32(base: Path) -> N
     assert {parameter.dtype for parameter in frozen} == {torch.uint8, torch.bfloat16}
 
 
+def test_gradients_of_attention_are_finite_where_cudnns_are_not(base: Path) -> None:
+    """Every score is near -120 and the length is 64 over a multiple of 128 (pytorch/pytorch#196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(open_base(base), choose_numerics("cuda"))
+    torch.manual_seed(0)
+    length, width = 192, 64
+    query, key, value = (torch.randn(1, 1, length, width, device="cuda", dtype=torch.bfloat16) * 0.1 for _ in range(3))
+    query[..., 0], key[..., 0] = 1.0, -120 * width**0.5
+    query.requires_grad_()
+    mask = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()[None, None]
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    out.backward(torch.randn_like(out))
+    assert query.grad is not None and bool(torch.isfinite(query.grad).all())
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
 def test_it_learns_and_means_the_same_on_the_cpu(base: Path, data: Path, tmp_path: Path, optimizer: str) -> None:
     result = _train(base, data, tmp_path / "run", optimizer=optimizer)

@@ -202,6 +202,9 @@ def _empty(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _load_quantized(base: Base, numerics: Numerics) -> PreTrainedModel:
+    # cuDNN's backward pass gives NaN with a mask where the length is 64 over a multiple of 128 and a row's scores are
+    # far below zero, as some heads of Qwen2.5's are (pytorch/pytorch#196678). The other kernels are right.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     transformers_logging.disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base.directory,

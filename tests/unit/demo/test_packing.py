@@ -27,6 +27,9 @@ def test_conversations_stay_whole_and_apart() -> None:
                 assert count == len(encoded[token - 1][0])
                 assert batch.positions[row][chosen].tolist() == list(range(count))
         assert bool((batch.labels[batch.segments < 0] == IGNORED).all())
+        after = batch.learned + 1
+        assert torch.equal(batch.ids.flatten()[after], batch.labels.flatten()[after])
+        assert len(after) == int((batch.labels != IGNORED).sum())
     assert set(seen.values()) == {1}
 
 
@@ -58,6 +61,7 @@ def test_orthogonalized_singular_values_are_near_one(shape: tuple[int, int], dty
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     result = orthogonalize(matrix, dtype).float()
+    assert torch.allclose(orthogonalize(torch.stack([matrix, 2 * matrix]), dtype)[1].float(), result, atol=1e-2)
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.3 and values.max() < 1.3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -62,6 +62,12 @@ def test_equal_seeds_train_equal_bases_and_the_loss_falls(tmp_path: Path) -> Non
     assert {tensor.dtype for tensor in left.values()} == {torch.bfloat16}
 
 
+def test_a_worker_makes_the_same_batches(tmp_path: Path) -> None:
+    alone = train(dataclasses.replace(TINY, steps=2), tmp_path / "a", device=torch.device("cpu"))
+    beside = train(dataclasses.replace(TINY, steps=2, workers=1), tmp_path / "b", device=torch.device("cpu"))
+    assert alone["loss"] == beside["loss"] and alone["tokens"] == beside["tokens"]
+
+
 def test_going_on_from_a_checkpoint_keeps_what_it_learned(tmp_path: Path) -> None:
     first = train(TINY, tmp_path / "a", device=torch.device("cpu"))
     more = dataclasses.replace(TINY, seed=TINY.seed + 1, steps=4)
