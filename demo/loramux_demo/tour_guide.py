@@ -155,7 +155,8 @@ class Tour:
             await begun.wait()
             await client.adapters.promote("initech", second)
             moved = len(pieces)
-            running.append(" traffic moves to v2 ", style="black on yellow")
+            running.append("" if running.plain.endswith((" ", "\n")) else " ")
+            running.append("[traffic moves to v2]", style="black on yellow").append(" ")
             changed()
             return await self._meter.ask(client, _user(short), adapter="initech")
 

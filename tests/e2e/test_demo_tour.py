@@ -102,10 +102,10 @@ async def test_the_whole_tour_piped(base: Path, adapters: Path, tmp_path: Path) 
     assert len(digests) == 2 and digests[0] != digests[1]
     assert re.search(r"right and in hooli's form: \d+ of 20 before \(.*\), \d+ of 20\s+after", output)
     rows = re.findall(r"^│ (\S+) +│ +(\d+) │", output.partition("What ran")[2], re.M)
-    counted = {name.partition("/")[0]: int(count) for name, count in rows}
+    counted = {name.partition("@")[0]: int(count) for name, count in rows}
     assert counted == {"base": 21, "acme": 1, "globex": 1, "hooli": 20, "initech": 1, "all": 45}
     assert sorted(name for name, _ in rows if name.startswith("initech")) == sorted(
-        f"initech/versions/{digest}" for digest in digests
+        f"initech@{digest}" for digest in digests
     )
     assert picture.stat().st_size < 150_000
 

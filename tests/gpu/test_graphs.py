@@ -98,7 +98,9 @@ def test_a_launch_never_waits_for_the_device(
     files: tuple[Path, list[Path]], graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapters = files
-    engine = RealEngine(make_config(base, cuda_graphs=graphs, poison=False), adapters)
+    # Room for every adapter: a load waits for its own copies, in a thread of its own, but the mode is the process'.
+    config = make_config(base, cuda_graphs=graphs, poison=False, rank_units=16, max_slots=16)
+    engine = RealEngine(config, adapters)
     jobs = random_jobs(24, adapters=len(adapters), vocab=512, seed=6)
     everything = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "logprobs": 3, "presence_penalty": 0.5}
     jobs += [dataclasses.replace(job, fields=tuple(everything.items())) for job in jobs[:8]]

@@ -16,6 +16,7 @@ from loramux_server.kernels.lora import lora_add
 from loramux_server.kernels.norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
 from loramux_server.kernels.pages import copy_pages, poison
 from loramux_server.kernels.rope import rope_and_write
+from loramux_server.kernels.sampling import pick, pick_torch
 from tests.support.kernel_cases import (
     ATTENTION_CASES,
     LORA_CASES,
@@ -31,6 +32,7 @@ from tests.support.kernel_cases import (
     rope_table,
     to_device,
 )
+from tests.support.sampling_cases import assert_picked, sampling_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGE_ATTENTION = (
@@ -211,3 +213,27 @@ def test_lora_bits_do_not_depend_on_batch(dtype: torch.dtype) -> None:
         got = out[chosen].clone()
         lora_add(x[chosen], got, group, small)
         assert torch.equal(got, whole[chosen]), (begin, count)
+
+
+@pytest.mark.parametrize("vocab", [17, 5003])
+def test_sampling(vocab: int) -> None:
+    raw, adjusted, parameters, keys = sampling_inputs(vocab, "cuda")
+    for logits in (raw, adjusted):
+        result = pick(raw, logits, parameters, keys, normaliser=True)
+        assert_picked(result, raw, logits, parameters, keys)
+        assert torch.equal(pick(raw, logits, parameters, keys, normaliser=False), result[:, :2])
+
+
+def test_sampling_from_a_large_vocabulary_equals_torch() -> None:
+    raw, adjusted, parameters, keys = sampling_inputs(152_064, "cuda")
+    got = pick(raw, adjusted, parameters, keys, normaliser=True)
+    expected = pick_torch(raw, adjusted, parameters, keys, normaliser=True)
+    assert got[:, :2].tolist() == expected[:, :2].tolist()
+    torch.testing.assert_close(got[:, 2].view(torch.float32), expected[:, 2].view(torch.float32), rtol=1e-5, atol=1e-4)
+    alone = torch.cat(
+        [
+            pick(raw[i : i + 1], adjusted[i : i + 1], parameters[i : i + 1], keys[i : i + 1], normaliser=True)
+            for i in range(len(raw))
+        ]
+    )
+    assert torch.equal(alone, got), "a row's bits depend on the others"

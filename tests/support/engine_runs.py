@@ -52,23 +52,27 @@ class RealEngine:
         )
         self._number = 0
 
-    def run(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """Send all jobs at once; their output tokens, in order."""
-        outputs: dict[str, list[int]] = {}
+    def requests(self, jobs: Sequence[Job]) -> list[Add]:
+        """The jobs as commands, each under a number of its own."""
+        requests = []
         for job in jobs:
             self._number += 1
-            outputs[str(self._number)] = []
             sampling = SamplingSpec(**{"max_tokens": 12, "temperature": 0.0, **dict(job.fields)})  # type: ignore[arg-type]
-            self.engine.handle(
-                [
-                    Add(
-                        request_id=str(self._number),
-                        prompt_token_ids=list(job.prompt),
-                        sampling=sampling,
-                        version=None if job.adapter is None else self._versions[job.adapter],
-                    )
-                ]
+            requests.append(
+                Add(
+                    request_id=str(self._number),
+                    prompt_token_ids=list(job.prompt),
+                    sampling=sampling,
+                    version=None if job.adapter is None else self._versions[job.adapter],
+                )
             )
+        return requests
+
+    def run(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Send all jobs at once; their output tokens, in order."""
+        requests = self.requests(jobs)
+        outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        self.engine.handle(requests)
         done = 0
         while done < len(jobs):
             for event in self.engine.step():

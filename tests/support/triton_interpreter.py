@@ -20,6 +20,7 @@ from loramux_server.kernels.lora_triton import lora_add_triton
 from loramux_server.kernels.norm import add_rms_norm_torch, rms_norm_torch
 from loramux_server.kernels.norm_triton import add_rms_norm_triton, rms_norm_triton
 from loramux_server.kernels.rope_triton import rope_and_write_triton
+from loramux_server.kernels.sampling_triton import pick_triton
 from tests.support.kernel_cases import (
     ATTENTION_CASES,
     LORA_CASES,
@@ -32,6 +33,7 @@ from tests.support.kernel_cases import (
     naive_rope,
     rope_table,
 )
+from tests.support.sampling_cases import assert_picked, sampling_inputs
 
 
 def repair_interpreter() -> None:
@@ -134,12 +136,34 @@ def check_rope(dtype: torch.dtype) -> None:
         assert flat[untouched].isnan().all()
 
 
+def check_sampling(dtype: torch.dtype) -> None:
+    """Tokens and log-probabilities; rows that are not finite or have nothing left."""
+    if dtype != torch.float32:
+        return
+    for vocab in (17, 1000, 5003):
+        raw, adjusted, parameters, keys = sampling_inputs(vocab)
+        for logits in (raw, adjusted):
+            for normaliser in (False, True):
+                result = pick_triton(raw, logits, parameters, keys, normaliser=normaliser)
+                assert_picked(result, raw, logits, parameters, keys)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        raw, adjusted, parameters, keys = sampling_inputs(100)
+        raw[4, 50] = value
+        result = pick_triton(raw, raw, parameters, keys, normaliser=False)
+        assert result[:, 1].tolist() == [int(row != 4) for row in range(len(raw))]
+        assert bool(((result[:, 0] >= 0) & (result[:, 0] < 100)).all())
+        adjusted[:] = -torch.inf
+        tokens = pick_triton(raw, adjusted, parameters, keys, normaliser=True)[:, 0]
+        assert bool(((tokens >= 0) & (tokens < 100)).all())
+
+
 CHECKS: dict[str, Callable[[torch.dtype], None]] = {
     "attention": check_attention,
     "lora": check_lora,
     "norm": check_norm,
     "activation": check_activation,
     "rope": check_rope,
+    "sampling": check_sampling,
 }
 
 

@@ -25,8 +25,13 @@ logger = logging.getLogger(__name__)
 DECODE_LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of decode graphs; those above `max_running` are left out."""
 
-MIXED_LADDER = (128, 256, 512, 1024, 2048, 4096, 8192)
-"""Tokens of mixed graphs; those above the token budget are left out."""
+MIXED_LADDER = (
+    *range(128, 640, 64),
+    *range(640, 1024, 128),
+    *range(1024, 2048, 256),
+    *range(2048, 8193, 1024),
+)
+"""Tokens of mixed graphs; those above the token budget are left out. A step pays for the padding up to its rung."""
 
 KV_LADDER = (1024, 4096, 16384, 65536, 262144)
 """Bounds of KV lengths: they size the grid of split-KV attention."""

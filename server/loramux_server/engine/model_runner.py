@@ -11,6 +11,7 @@ from torch import Tensor
 from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
 from loramux_server.engine.graphs import ForwardGraphs
 from loramux_server.engine.messages import Ready
+from loramux_server.engine.out_of_memory import is_out_of_memory
 from loramux_server.engine.plan import OutOfMemory, RowPlan, RowResult, StepPlan, StepResult
 from loramux_server.engine.sampler import Sampled, Sampler, unpack_logprobs
 from loramux_server.engine.staging import BatchStaging
@@ -130,11 +131,16 @@ class ModelRunner:
         try:
             with torch.inference_mode():
                 return self._launch(plan)
-        except torch.OutOfMemoryError as failure:
+        except (RuntimeError, MemoryError) as failure:
+            if not is_out_of_memory(failure):
+                raise
             # The text only: the exception's frames hold the step's tensors, and they must go before the retry.
             reason = OutOfMemory(f"step of {plan.num_tokens} tokens: {failure}")
         self._failed_step = plan.step
-        torch.cuda.empty_cache()
+        if self._model.device.type == "cuda":
+            # What the step launched on side streams may still write to memory that is free again by now.
+            torch.cuda.synchronize(self._model.device)
+            torch.cuda.empty_cache()
         return _Launched(plan, None, 0, [], 0, None, {}, error=reason)
 
     def release_sequence(self, sequence_id: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from loramux_server.engine.messages import SamplingSpec, TokenLogprob
 from loramux_server.engine.packed_rows import Array
 from loramux_server.engine.plan import RowPlan
+from loramux_server.kernels.sampling import pick, signed64
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -29,11 +30,6 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 # Below it logits would overflow float32 when divided; neighbouring float32 logits are already far apart at it.
 _LOWEST_TEMPERATURE = 1e-6
-# Largest top-k that is taken from the sorted best.
-_SORTED_TOP_K = 1024
-# Bisection steps for top-p and a large top-k: the logit range over 2^32 is far below float32 resolution of any logit
-# that matters.
-_BISECTIONS = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +56,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._seen: dict[int, _SeenTokens] = {}
+        self._greedy = torch.zeros(0, dtype=torch.int64, device=device)
 
     def release(self, sequence_id: int) -> None:
         """Forget a finished sequence."""
@@ -73,25 +70,16 @@ class Sampler:
             rows: The plan's sampled rows, in the order of `logits`.
         """
         specs = [_spec(row) for row in rows]
-        finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()
-        adjusted = self._adjust(logits, rows, specs)
-        token_ids = adjusted.argmax(dim=-1)
-        sampled = [index for index, spec in enumerate(specs) if spec.temperature > 0]
-        if sampled:
-            everything = len(sampled) == len(rows)
-            chosen = self._index(sampled)
-            picked = _draw(
-                adjusted if everything else adjusted.index_select(0, chosen),
-                [specs[index] for index in sampled],
-                [rows[index] for index in sampled],
-            )
-            token_ids = picked if everything else token_ids.index_copy(0, chosen, picked)
-        columns = [token_ids.to(torch.int32)[:, None], finite.to(torch.int32)[:, None]]
         wanted = [spec.logprobs for spec in specs if spec.logprobs is not None]
-        top = max(wanted, default=0)
-        if wanted:
-            columns.extend(_logprob_columns(logits, token_ids, top))
-        return Sampled(packed=torch.cat(columns, dim=1), top=top)
+        parameters, keys = self._parameters(rows, specs)
+        adjusted = self._adjust(logits, rows, specs)
+        picked = pick(logits, adjusted, parameters, keys, normaliser=bool(wanted))
+        if not wanted:
+            return Sampled(packed=picked, top=0)
+        top = max(wanted)
+        normaliser = picked[:, 2:].view(torch.float32)
+        columns = _logprob_columns(logits, picked[:, 0].to(torch.int64), normaliser, top)
+        return Sampled(packed=torch.cat([picked[:, :2], *columns], dim=1), top=top)
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, top: int) -> Tensor:
         """Log-probabilities of known next tokens.
@@ -104,7 +92,25 @@ class Sampler:
         Returns:
             `[N, 1 + 2 * top]` int32, the last columns of `Sampled.packed`.
         """
-        return torch.cat(_logprob_columns(logits, targets, top), dim=1)
+        return torch.cat(_logprob_columns(logits, targets, logits.logsumexp(dim=-1, keepdim=True), top), dim=1)
+
+    def _parameters(self, rows: Sequence[RowPlan], specs: Sequence[SamplingSpec]) -> tuple[Tensor, Tensor]:
+        """Parameters `[R, 4]` float64 and random keys `[R]` int64 of the rows, as `pick` takes them, in one copy."""
+        count = len(rows)
+        if all(spec.temperature == 0 for spec in specs):
+            if len(self._greedy) < 5 * count:
+                self._greedy = torch.zeros(10 * count, dtype=torch.int64, device=self._device)
+            both = self._greedy[: 5 * count]
+        else:
+            packed = np.zeros(5 * count, dtype=np.int64)
+            packed[: 4 * count].view(np.float64).reshape(count, 4)[:] = [
+                _parameters(spec, self._vocab_size) for spec in specs
+            ]
+            packed[4 * count :] = [
+                signed64(_row_key(spec.seed, row.choice, row.position)) for row, spec in zip(rows, specs, strict=True)
+            ]
+            both = self._send(torch.from_numpy(packed))
+        return both[: 4 * count].view(torch.float64).view(count, 4), both[4 * count :]
 
     def _index(self, values: Sequence[int] | Array) -> Tensor:
         return self._send(torch.as_tensor(np.asarray(values, dtype=np.int64)))
@@ -230,90 +236,11 @@ def _banned(row: RowPlan, spec: SamplingSpec) -> set[int]:
     return banned
 
 
-def _draw(logits: Tensor, specs: Sequence[SamplingSpec], rows: Sequence[RowPlan]) -> Tensor:
-    """Sample `[R, V]` adjusted logits; every spec has temperature > 0. Returns `[R]` int64."""
-    cuda = logits.is_cuda
-    # One small copy for all parameters: temperature, top_k, top_p, min_p as float64 (top_k is exact below 2^53).
-    vocab_size = logits.shape[-1]
-    kept = [spec.top_k if spec.top_k < vocab_size else 0 for spec in specs]
-    parameters = torch.tensor(
-        [
-            [max(spec.temperature, _LOWEST_TEMPERATURE), float(top_k), spec.top_p, spec.min_p]
-            for spec, top_k in zip(specs, kept, strict=True)
-        ],
-        dtype=torch.float64,
-        pin_memory=cuda,
-    ).to(logits.device, non_blocking=True)
-    scaled = logits / parameters[:, :1].to(torch.float32)
-    largest = scaled.amax(dim=-1, keepdim=True)
-    limit = torch.full_like(largest, -math.inf)
-    if any(kept):
-        limit = _top_k_limit(scaled, largest, limit, parameters[:, 1:2].to(torch.int64), kept)
-    if any(spec.top_p < 1 for spec in specs):
-        limit = torch.maximum(limit, _top_p_limit(scaled, largest, limit, parameters[:, 2:3]))
-    if any(spec.min_p > 0 for spec in specs):
-        limit = torch.maximum(limit, largest + parameters[:, 3:4].log().to(torch.float32))
-    keys = torch.tensor(
-        [_signed(_row_key(_spec(row).seed, row.choice, row.position)) for row in rows],
-        dtype=torch.int64,
-        pin_memory=cuda,
-    ).to(logits.device, non_blocking=True)
-    score = scaled - _exponential(keys, vocab_size).log_()
-    return score.masked_fill_(scaled < limit, -math.inf).argmax(dim=-1)
-
-
-def _top_k_limit(scaled: Tensor, largest: Tensor, floor: Tensor, top_k: Tensor, host_top_k: Sequence[int]) -> Tensor:
-    """The k-th largest logit of each row, or `floor` where top-k is off (0); `[R, 1]` float32.
-
-    A row's method depends on its own k alone. A small k is taken from the sorted best; a large one is searched by
-    bisection, or one request could make everybody's step sort the vocabulary.
-
-    Args:
-        scaled: `[R, V]`.
-        largest: `[R, 1]`, its row maxima.
-        floor: `[R, 1]`.
-        top_k: `[R, 1]` int64, below V.
-        host_top_k: The same on the host.
-    """
-    limit = floor
-    count = max((k for k in host_top_k if k <= _SORTED_TOP_K), default=0)
-    if count:
-        best = scaled.topk(count, dim=-1).values
-        kth = best.gather(1, (top_k - 1).clamp(0, count - 1))
-        limit = torch.where((top_k > 0) & (top_k <= _SORTED_TOP_K), kth, limit)
-    if max(host_top_k) > _SORTED_TOP_K:
-        low = scaled.masked_fill(scaled == -math.inf, math.inf).amin(dim=-1, keepdim=True).minimum(largest)
-        enough_at_low = (scaled >= low).sum(dim=-1, keepdim=True) >= top_k
-        high = largest.clone()
-        for _ in range(_BISECTIONS):
-            middle = low + (high - low) / 2
-            enough = (scaled >= middle).sum(dim=-1, keepdim=True) >= top_k
-            low = torch.where(enough, middle, low)
-            high = torch.where(enough, high, middle)
-        # Fewer unbanned tokens than k: all of them stay.
-        limit = torch.where(top_k > _SORTED_TOP_K, torch.where(enough_at_low, low, floor), limit)
-    return limit
-
-
-def _top_p_limit(scaled: Tensor, largest: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
-    """Largest logit limit whose kept mass is still >= top_p of the mass above `floor`; `[R, 1]` float32.
-
-    Bisection instead of a sort. Sums are float64, so that a row's limit does not move with the number of rows.
-    """
-    weights = (scaled - largest).to(torch.float64).exp_()
-    weights.masked_fill_(scaled < floor, 0.0)
-    needed = top_p * weights.sum(dim=-1, keepdim=True)
-    # Kept mass at `low` is always enough; tokens under exp(-80) of the best carry no mass in float64 sums.
-    low = torch.maximum(floor, largest - 80.0)
-    high = largest.clone()
-    enough_at_high = weights.masked_fill(scaled < high, 0.0).sum(dim=-1, keepdim=True) >= needed
-    for _ in range(_BISECTIONS):
-        middle = low + (high - low) / 2
-        enough = weights.masked_fill(scaled < middle, 0.0).sum(dim=-1, keepdim=True) >= needed
-        low = torch.where(enough, middle, low)
-        high = torch.where(enough, high, middle)
-    limit = torch.where(enough_at_high, largest, low)
-    return torch.where(top_p < 1, limit, floor)  # A row without top-p loses nothing to its neighbours'.
+def _parameters(spec: SamplingSpec, vocab_size: int) -> tuple[float, float, float, float]:
+    if spec.temperature == 0:
+        return 0.0, 0.0, 1.0, 0.0
+    top_k = spec.top_k if spec.top_k < vocab_size else 0
+    return max(spec.temperature, _LOWEST_TEMPERATURE), float(top_k), spec.top_p, spec.min_p
 
 
 def _row_key(seed: int, choice: int, position: int) -> int:
@@ -329,26 +256,7 @@ def _splitmix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _exponential(keys: Tensor, vocab_size: int) -> Tensor:
-    """Exponential variates `[R, V]` float32 hashed from `[R]` int64 keys and the token id."""
-    token = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=keys.device)
-    bits = keys[:, None] + token[None, :] * _signed(_GOLDEN)
-    # torch shifts int64 arithmetically: mask the copies of the sign bit away.
-    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * _signed(_MIX1)
-    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * _signed(_MIX2)
-    bits = bits ^ ((bits >> 31) & ((1 << 33) - 1))
-    uniform = (bits >> 24) & ((1 << 40) - 1)
-    # Small variates decide the race: float32 of a 40-bit integer keeps their relative precision, log1p does the same.
-    value = (uniform.to(torch.float32) + 0.5) * (1.0 / (1 << 40))
-    return value.clamp_(max=1.0 - 2.0**-24).neg_().log1p_().neg_()
-
-
-def _logprob_columns(logits: Tensor, token_ids: Tensor, top: int) -> list[Tensor]:
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+def _logprob_columns(logits: Tensor, token_ids: Tensor, normaliser: Tensor, top: int) -> list[Tensor]:
     chosen = logits.gather(1, token_ids[:, None]) - normaliser
     columns = [chosen.view(torch.int32)]
     if top:

@@ -1,5 +1,6 @@
 """Where an adapter's rank units go in the slab: a contiguous window, evicting what was not used for longest."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -51,12 +52,17 @@ class Reservation:
 
 
 def _windows(tenures: Sequence[Tenure], units: int, capacity: int) -> list[tuple[int, list[Tenure]]]:
-    starts = {0, *(t.first_unit for t in tenures), *(t.first_unit + t.units for t in tenures)}
-    return [
-        (first, [t for t in tenures if t.overlaps(first, units)])
-        for first in sorted(starts)
-        if first + units <= capacity
-    ]
+    """Windows that begin or end a tenure, each with the tenures inside; these share no unit among themselves."""
+    placed = sorted(tenures, key=lambda t: t.first_unit)
+    begins = [t.first_unit for t in placed]
+    ends = [t.first_unit + t.units for t in placed]
+    windows: list[tuple[int, list[Tenure]]] = []
+    for first in sorted({0, *begins, *ends}):
+        if first + units <= capacity:
+            windows.append(
+                (first, placed[bisect.bisect_right(ends, first) : bisect.bisect_left(begins, first + units)])
+            )
+    return windows
 
 
 def find_window(tenures: Sequence[Tenure], units: int, capacity: int) -> Window | None:

@@ -19,6 +19,8 @@ class LoraBatch:
         segment_slots: `[G]` int32, slot of each segment of `order`; unused entries are -1.
         segment_starts: `[G + 1]` int32, segment g is `order[starts[g]:starts[g + 1]]`; unused segments are empty.
         num_segments: Host count of used segments, base segment included; an upper bound under graph replay.
+        tiles: `[tiles, 64]` int32 or None, the work list of the Triton form, made once a step by `lora.plan_tiles`;
+            without it, it is made in every call.
     """
 
     token_slots: Tensor
@@ -26,6 +28,7 @@ class LoraBatch:
     segment_slots: Tensor
     segment_starts: Tensor
     num_segments: int
+    tiles: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ Layout of the work: tokens sorted by slot in segments (`LoraBatch`). Unused segm
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,60 @@ from loramux_server.kernels.batch import LoraBatch, LoraGroup
 from loramux_server.kernels.capability import pad_columns, row_multiple, use_triton
 
 MAX_SLICES = 3  # of the Triton form
+# With more rows the base product is bound by arithmetic, and a kernel beside it costs more than one after it.
+_MOST_BESIDE = 256
+
+
+def plan_tiles(batch: LoraBatch) -> LoraBatch:
+    """The batch with the work list that every `lora_add` of a step shares; itself where no form needs one.
+
+    Args:
+        batch: Which slot each token uses.
+    """
+    if not use_triton(batch.order, "lora_add"):
+        return batch
+    from loramux_server.kernels.lora_triton import tiles_of
+
+    return dataclasses.replace(batch, tiles=tiles_of(batch))
+
+
+def lora_linear(x: Tensor, product: Callable[[Tensor], Tensor], group: LoraGroup, batch: LoraBatch) -> Tensor:
+    """A base product and each token's low-rank update of it.
+
+    While a CUDA graph of few rows is captured, the first half of the update, which reads A, becomes a branch beside the
+    base product: both wait for memory and neither fills the card alone. Bits equal those of `lora_add`.
+
+    Args:
+        x: `[T, K]`, input of the group.
+        product: Gives `[T, N]` from x.
+        group: Slab of the group.
+        batch: Which slot each token uses.
+
+    Returns:
+        `[T, N]`.
+    """
+    beside = x.is_cuda and len(x) <= _MOST_BESIDE and torch.cuda.is_current_stream_capturing()
+    if not beside or not use_triton(x, "lora_add", _unlike(x, group)):
+        out = product(x)
+        lora_add(x, out, group, batch)
+        return out
+    from loramux_server.kernels.lora_triton import Update
+
+    update = Update(x, group, batch)
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        update.shrink(x)
+    out = product(x)
+    main.wait_stream(side)
+    update.expand(out)
+    return out
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # Of the two branches, the short one goes first.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def lora_add(x: Tensor, out: Tensor, group: LoraGroup, batch: LoraBatch) -> None:
@@ -140,12 +195,21 @@ def _segments(batch: LoraBatch, device: torch.device) -> list[_Segment]:
 
 def _unsupported(x: Tensor, out: Tensor, group: LoraGroup) -> str | None:
     """Name what the Triton form cannot take, None if nothing."""
+    if out.dtype != x.dtype:
+        return "operands of several dtypes"
+    if out.stride(-1) != 1:
+        return "columns are not contiguous"
+    return _unlike(x, group)
+
+
+def _unlike(x: Tensor, group: LoraGroup) -> str | None:
+    """What `_unsupported` can tell before there is an output, which has x's dtype and is contiguous."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {x.dtype}"
-    if len({x.dtype, out.dtype, group.a.dtype, group.b.dtype}) != 1:
+    if len({x.dtype, group.a.dtype, group.b.dtype}) != 1:
         return "operands of several dtypes"
     if len(group.slice_ends) > MAX_SLICES:
         return f"{len(group.slice_ends)} slices"
-    if x.stride(-1) != 1 or out.stride(-1) != 1 or not (group.a.is_contiguous() and group.b.is_contiguous()):
+    if x.stride(-1) != 1 or not (group.a.is_contiguous() and group.b.is_contiguous()):
         return "columns are not contiguous"
     return None

@@ -1,5 +1,6 @@
 """The served model: embedding, decoder layers, final norm, output projection."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from loramux_base.fingerprint import Fingerprint
 from loramux_server.kernels.batch import ForwardBatch
+from loramux_server.kernels.lora import plan_tiles
 from loramux_server.kernels.norm import add_rms_norm
 from loramux_server.model.decoder_layer import DecoderLayer
 from loramux_server.model.linear import Linear
@@ -96,6 +98,8 @@ class CausalLM:
         if self._multiplier != 1.0:
             x = x * self._multiplier
         residual: Tensor | None = None
+        if slab is not None and batch.lora is not None:
+            batch = dataclasses.replace(batch, lora=plan_tiles(batch.lora))
         for layer, cache in zip(self.layers, kv, strict=True):
             x, residual = layer.forward(x, residual, batch, cache, slab)
         assert residual is not None

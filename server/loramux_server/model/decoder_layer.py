@@ -11,7 +11,7 @@ from torch import Tensor
 from loramux_server.kernels.activation import glu
 from loramux_server.kernels.attention import paged_attention
 from loramux_server.kernels.batch import ForwardBatch
-from loramux_server.kernels.lora import lora_add
+from loramux_server.kernels.lora import lora_linear
 from loramux_server.kernels.norm import add_rms_norm, rms_norm
 from loramux_server.kernels.rope import rope_and_write
 from loramux_server.model.linear import Linear
@@ -141,7 +141,6 @@ class DecoderLayer:
         return rms_norm(rows, weight, self._spec.rms_eps, offset=self._spec.norm_offset).view(heads.shape)
 
     def _linear(self, group: str, linear: Linear, x: Tensor, batch: ForwardBatch, slab: LoraSlab | None) -> Tensor:
-        out = linear(x)
-        if slab is not None and batch.lora is not None:
-            lora_add(x, out, slab.group(self._index, group), batch.lora)
-        return out
+        if slab is None or batch.lora is None:
+            return linear(x)
+        return lora_linear(x, linear, slab.group(self._index, group), batch.lora)

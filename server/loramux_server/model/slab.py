@@ -7,25 +7,30 @@ load at a time may run in another thread, and on another CUDA stream, than clear
 """
 
 import dataclasses
+import itertools
 import threading
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from loramux_base.adapter import (
-    LINEAR_GROUPS,
-    TENSORS_NAME,
-    AdapterFormatError,
-    AdapterLayout,
-    BaseShapes,
-    ModuleWeights,
-    read_layout,
-)
+from loramux_base.adapter import LINEAR_GROUPS, AdapterFormatError, AdapterLayout, BaseShapes, read_layout
 from loramux_server.kernels.batch import LoraGroup
+from loramux_server.model.adapter_read import read_rows
+from loramux_server.model.adapter_rows import AdapterRows, RowsLayout
 
 UNIT_ROWS = 16
+STAGING_BYTES = 64 << 20
+"""Device memory through which rows arrive: many layers at once, and never less than the largest layer."""
+
+
+def staging_bytes(largest: RowsLayout) -> int:
+    """Bytes of the staging memory on CUDA.
+
+    Args:
+        largest: Layout of the largest adapter taken.
+    """
+    return max(largest.layer_bytes, min(largest.nbytes, STAGING_BYTES))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,8 @@ class LoraSlab:
         self._lock = threading.Lock()
         # A load on its own stream must not overtake the clear that freed its slot and rows.
         self._cleared = torch.cuda.Event() if self.device.type == "cuda" else None
+        # Rows arrive here in one piece and are spread over the groups from here.
+        self._staging = self._make_staging(max_rank) if self.device.type == "cuda" else None
         self._first_rows = torch.zeros(max_slots, dtype=torch.int32, device=self.device)
         rows = rank_units * UNIT_ROWS
         self._groups = {
@@ -121,11 +128,16 @@ class LoraSlab:
             for layer in range(base.num_layers)
         }
 
+    def _make_staging(self, max_rank: int) -> Tensor:
+        layout = RowsLayout(self.base, dtype=self.dtype, rows=max_rank, groups=tuple(LINEAR_GROUPS))
+        return torch.empty(staging_bytes(layout), dtype=torch.uint8, device=self.device)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of rows and tables."""
+        """Bytes of rows, tables and staging memory."""
         tensors = [tensor for group in self._groups.values() for tensor in group.tensors()]
-        return sum(tensor.nbytes for tensor in (*tensors, self._first_rows))
+        staging = 0 if self._staging is None else self._staging.nbytes
+        return sum(tensor.nbytes for tensor in (*tensors, self._first_rows)) + staging
 
     @property
     def resident_slots(self) -> frozenset[int]:
@@ -138,7 +150,7 @@ class LoraSlab:
         return self._views[layer, name]
 
     def load(self, slot: int, first_unit: int, units: int, directory: Path) -> AdapterLayout:
-        """Read an adapter into rows `[first_unit * 16, (first_unit + units) * 16)` and point `slot` at it.
+        """Read an adapter and fill a slot with it; returns when it is there.
 
         Everything is read and cast on the host first: a file that cannot be read leaves rows and tables as they were.
 
@@ -154,46 +166,95 @@ class LoraSlab:
         Raises:
             AdapterFormatError: The directory is no adapter for this base, needs more units than given, or holds a
                 number that the slab's dtype cannot hold.
+            OSError: It cannot be read.
         """
+        adapter = read_layout(directory, self.base, max_rank=self.max_rank)
+        layout = RowsLayout.of(self.base, adapter, dtype=self.dtype)
+        memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+        read_rows(directory, adapter, layout, memory)
+        self.fill(slot, first_unit, units, AdapterRows(layout=layout, memory=memory))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return adapter
+
+    def fill(self, slot: int, first_unit: int, units: int, rows: AdapterRows) -> None:
+        """Copy an adapter into rows `[first_unit * 16, (first_unit + units) * 16)` and point `slot` at it.
+
+        On CUDA this only puts the copies on the current stream, behind the last `clear`: until they are over,
+        `rows.memory` must stay as it is and no step may use the slot. When it fails, the slot holds nothing.
+
+        Args:
+            slot: Table entry; may be one that holds an adapter, which is then replaced.
+            first_unit: First unit of its rows.
+            units: Units it may use.
+            rows: What to copy; of this base and dtype.
+
+        Raises:
+            AdapterFormatError: It needs more units than given.
+            RuntimeError: The device failed.
+        """
+        layout = rows.layout
         assert 0 <= slot < self.max_slots, f"slot {slot} of {self.max_slots}"
         assert first_unit >= 0 and units > 0 and first_unit + units <= self.rank_units, "units outside the slab"
-        first_row, rows = first_unit * UNIT_ROWS, units * UNIT_ROWS
-        layout = read_layout(directory, self.base, max_rank=self.max_rank)
-        if layout.rank_units > units:
+        assert layout.dtype == self.dtype and layout.num_layers == self.base.num_layers, "rows of another slab"
+        needed = -(-layout.rows // UNIT_ROWS)
+        if needed > units:
             raise AdapterFormatError(
                 "ADAPTER_INCOMPATIBLE",
                 "r",
-                f"the adapter takes {layout.rank_units} rank units, {units} were set aside for it; load it again",
+                f"the adapter takes {needed} rank units, {units} were set aside for it; load it again",
             )
-        staged = self._stage(layout, rows, directory)
-        loaded = _Resident(
-            first_row=first_row,
-            rows=rows,
-            ranks={(part.layer, part.module): part.rank for part in layout.modules},
-            scales={(part.layer, part.module): part.scale for part in layout.modules},
-        )
+        first_row, count = first_unit * UNIT_ROWS, units * UNIT_ROWS
+        loaded = _Resident(first_row=first_row, rows=count, ranks=rows.ranks(), scales=rows.scales())
         with self._lock:
             for other, held in self._resident.items():
-                apart = first_row + rows <= held.first_row or held.first_row + held.rows <= first_row
+                apart = first_row + count <= held.first_row or held.first_row + held.rows <= first_row
                 assert other == slot or apart, f"rows of slot {slot} overlap those of slot {other}"
             if self._cleared is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._cleared)
             self._forget(slot)
         # Not under the lock: the copies take long, and nobody else may touch these rows or this table entry now.
-        span = slice(first_row, first_row + rows)
-        for name, group in self._groups.items():
-            a, b, ranks, scales = staged[name]
-            # Contiguous pieces: a copy of the whole strided view would need as much device memory again.
-            for layer in range(self.base.num_layers):
-                group.b[layer, span].copy_(b[layer])
-                for index in range(len(group.modules)):
-                    group.a[layer, index, span].copy_(a[layer, index])
-            group.ranks[:, slot].copy_(ranks)
-            group.scales[:, slot].copy_(scales)
-        self._first_rows[slot] = first_row
+        try:
+            self._copy(slot, first_row, first_row + count, rows)
+            self._fill_rest(first_row, first_row + count, loaded, layout)
+            self._first_rows[slot] = first_row
+        except BaseException:
+            self._wipe(slot)
+            raise
         with self._lock:
             self._resident[slot] = loaded
-        return layout
+
+    def _copy(self, slot: int, first_row: int, end: int, rows: AdapterRows) -> None:
+        layout = rows.layout
+        at_once = self.base.num_layers
+        if self._staging is not None:
+            at_once = min(at_once, len(self._staging) // layout.layer_bytes)
+        for begin in range(0, self.base.num_layers, at_once):
+            layers = slice(begin, min(begin + at_once, self.base.num_layers))
+            count = layers.stop - layers.start
+            source = rows.memory[begin * layout.layer_bytes : layers.stop * layout.layer_bytes]
+            if self._staging is not None:
+                source = self._staging[: len(source)].copy_(source, non_blocking=True)
+            for name, part in layout.views(source, count).items():
+                group = self._groups[name]
+                group.a[layers, :, first_row : first_row + layout.rows] = part.a
+                group.b[layers, first_row : first_row + layout.rows] = part.b
+                group.ranks[layers, slot] = part.ranks
+                group.scales[layers, slot] = part.scales
+
+    def _fill_rest(self, first_row: int, end: int, loaded: _Resident, layout: RowsLayout) -> None:
+        """Overwrite what the adapter leaves of its rows: nobody else's numbers stay there."""
+        for name, group in self._groups.items():
+            begin = first_row + (layout.rows if name in layout.groups else 0)
+            if begin < end:
+                group.a[:, :, begin:end] = self._fill
+                group.b[:, begin:end] = self._fill
+            if not self._poison or name not in layout.groups:
+                continue
+            for layer, (index, module) in itertools.product(range(self.base.num_layers), enumerate(group.modules)):
+                rest = slice(first_row + loaded.ranks.get((layer, module), 0), begin)
+                group.a[layer, index, rest] = self._fill
+                group.b[layer, rest, group.ends[index] : group.ends[index + 1]] = self._fill
 
     def clear(self, slot: int) -> None:
         """Take the adapter out of `slot`: every rank becomes 0. A slot that holds none stays as it is."""
@@ -207,13 +268,17 @@ class LoraSlab:
         held = self._resident.pop(slot, None)
         if held is None:
             return
+        self._wipe(slot)
+        # Nothing reads rows that no table entry names: only poison is worth the writes.
+        if self._poison:
+            for group in self._groups.values():
+                group.a[:, :, held.first_row : held.first_row + held.rows] = self._fill
+                group.b[:, held.first_row : held.first_row + held.rows] = self._fill
+
+    def _wipe(self, slot: int) -> None:
         for group in self._groups.values():
             group.ranks[:, slot] = 0
             group.scales[:, slot] = 0
-            # Nothing reads rows that no table entry names: only poison is worth the writes.
-            if self._poison:
-                group.a[:, :, held.first_row : held.first_row + held.rows] = self._fill
-                group.b[:, held.first_row : held.first_row + held.rows] = self._fill
         self._first_rows[slot] = 0
 
     def check_integrity(self) -> None:
@@ -245,38 +310,3 @@ class LoraSlab:
                         assert ranks[layer][slot][index] == rank, f"rank of {where}"
                         assert held is None or rank <= held.rows, f"rank past the rows of {where}"
                         assert abs(scales[layer][slot][index] - scale) <= 1e-6 * abs(scale), f"scale of {where}"
-
-    def _stage(
-        self, layout: AdapterLayout, rows: int, directory: Path
-    ) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Host copies of an adapter's rows and table entries: a, b, ranks, scales a group."""
-        layers = self.base.num_layers
-        staged = {}
-        parts: dict[tuple[int, str], ModuleWeights] = {(part.layer, part.module): part for part in layout.modules}
-        with safe_open(directory / TENSORS_NAME, framework="pt") as file:
-            for name, group in self._groups.items():
-                slices = len(group.modules)
-                a = torch.full((layers, slices, rows, group.a.shape[3]), self._fill, dtype=self.dtype)
-                b = torch.full((layers, rows, group.b.shape[2]), self._fill, dtype=self.dtype)
-                ranks = torch.zeros(layers, slices, dtype=torch.int32)
-                scales = torch.zeros(layers, slices, dtype=torch.float32)
-                for layer in range(layers):
-                    for index, module in enumerate(group.modules):
-                        part = parts.get((layer, module))
-                        if part is None:
-                            continue
-                        columns = slice(group.ends[index], group.ends[index + 1])
-                        a[layer, index, : part.rank] = self._cast(file.get_tensor(part.a_name), part.a_name)
-                        b[layer, : part.rank, columns] = self._cast(file.get_tensor(part.b_name), part.b_name).T
-                        ranks[layer, index] = part.rank
-                        scales[layer, index] = part.scale
-                staged[name] = (a, b, ranks, scales)
-        return staged
-
-    def _cast(self, tensor: Tensor, name: str) -> Tensor:
-        cast = tensor.to(self.dtype)
-        if not bool(torch.isfinite(cast).all()):
-            raise AdapterFormatError(
-                "ADAPTER_NUMERICS", name, f"tensor {name} holds a number that {self.dtype} cannot hold; scale it down"
-            )
-        return cast

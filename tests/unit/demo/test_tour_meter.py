@@ -1,5 +1,6 @@
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -7,6 +8,7 @@ from rich.console import Console
 from loramux import AsyncClient
 from loramux.testing import FakeServer, Reply
 from loramux_demo.tour_meter import Meter, shown_version
+from tests.support.adapters import tensors_of, tiny_base, write_adapter
 
 QUESTION = [{"role": "user", "content": "Hi"}]
 
@@ -47,4 +49,16 @@ def test_the_table_of_nothing() -> None:
 
 
 def test_versions_are_shown_without_the_tenant() -> None:
-    assert shown_version("tenants/default/adapters/a/versions/1") == "a/versions/1"
+    assert shown_version("tenants/default/adapters/a/versions/1") == "a@1"
+    assert shown_version("") == ""
+
+
+async def test_a_narrow_terminal_cuts_no_version_off(fake: FakeServer, tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path / "adapter", tensors_of(tiny_base()))
+    meter, file = Meter(), io.StringIO()
+    async with AsyncClient(fake.address) as client:
+        version = await client.adapters.upload(directory, name="initech", promote=True)
+        await meter.ask(client, QUESTION, adapter="initech")
+    Console(file=file, width=60).print(meter.table())
+    rows = [line.split("│")[1].strip() for line in file.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(rows[:-1]) == f"initech@{version.name.rpartition('/')[2]}"

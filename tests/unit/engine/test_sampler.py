@@ -273,7 +273,7 @@ def test_a_large_top_k_is_searched_and_keeps_the_same_tokens(
     batch = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(top_k)) * 3
     batch[::7, :20] = -math.inf  # fewer tokens than k are left
     sorted_best = sampler.sample(batch, rows).packed[:, 0]
-    monkeypatch.setattr("loramux_server.engine.sampler._SORTED_TOP_K", 8)
+    monkeypatch.setattr("loramux_server.kernels.sampling._SORTED_TOP_K", 8)
     assert torch.equal(sampler.sample(batch, rows).packed[:, 0], sorted_best)
     alone = [int(sampler.sample(batch[i : i + 1], rows[i : i + 1]).packed[0, 0]) for i in range(0, 60)]
     assert alone == sorted_best[:60].tolist()

@@ -38,6 +38,6 @@ def failures() -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("operation", ["attention", "lora", "norm", "activation", "rope"])
+@pytest.mark.parametrize("operation", ["attention", "lora", "norm", "activation", "rope", "sampling"])
 def test_kernel_matches_reference(failures: dict[str, list[str]], operation: str) -> None:
     assert not failures[operation], "\n".join(failures[operation])
