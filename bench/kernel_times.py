@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from kernel_cases import GROUPS, SEVEN_B, Bench
+from kernel_cases import GROUPS, Bench
 from kernel_results import Result, layer_sums, result, table
+from kernel_sizes import SEVEN_B
 from kernel_timer import CudaTimer, Timer
 from plot import NoMatplotlib, draw_kernels
 from report import environment, heading

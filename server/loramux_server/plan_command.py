@@ -93,7 +93,7 @@ def _report(capacity: Capacity, engine: EngineConfig, config: ServerConfig, cont
             f"{capacity.unit / 2**20:.1f} MiB each"
             if adapters
             else "adapters: this base takes none",
-            capacity.slab,
+            capacity.slab + capacity.staging,
         ),
         (f"a step of {engine.max_batch_tokens} tokens, {engine.max_running} rows (estimate)", capacity.workspace),
         (

@@ -88,7 +88,7 @@ def train(
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory of a run, or the run's directory.")],
     files: Annotated[list[Path], typer.Argument(help="Conversations, JSONL or JSON.")],
-    base: Annotated[Path, typer.Option(help="Directory of the base model.")],
+    base: Annotated[Path, typer.Option(help="Directory of the base model, or `demo`, the embedded one.")],
     device: _Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
     min_gain: Annotated[
@@ -97,12 +97,16 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Compare base and adapter on files, teacher-forced."""
+    from loramux_base.embedded import DEMO_NAME
     from loramux_trainer.assess import assess
+    from loramux_trainer.config_file import demo_base
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device: {device!r} is none of auto, cpu, cuda")
     if min_gain is not None and not math.isfinite(min_gain):
         raise ConfigError(f"--min-gain: {min_gain} is no number to compare with; give nats a token, for example 0.1")
+    if str(base) == DEMO_NAME:
+        base = demo_base("--base")
     result = assess(_directory(adapter), base, files, device=device, batch_size=batch_size)
     if as_json:
         print(json.dumps(result.plain()))

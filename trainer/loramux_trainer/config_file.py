@@ -56,6 +56,21 @@ _Loader.add_implicit_resolver(
 )
 
 
+def demo_base(setting: str) -> Path:
+    """Directory of the embedded base, for a setting that names it `demo`.
+
+    Args:
+        setting: Names the setting in errors.
+
+    Raises:
+        ConfigError: There is none; says how to get it.
+    """
+    try:
+        return embedded_base()
+    except EmbeddedBaseMissing as error:
+        raise ConfigError(f"{setting}: {DEMO_NAME} {error}") from error
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a configuration.
 
@@ -85,10 +100,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(value, override)
     if value.get("base") == DEMO_NAME:
-        try:
-            value["base"] = str(embedded_base())
-        except EmbeddedBaseMissing as error:
-            raise ConfigError(f"{path}: base: {DEMO_NAME} {error}") from error
+        value["base"] = str(demo_base(f"{path}: base"))
     try:
         return RunConfig.model_validate(value)
     except pydantic.ValidationError as error:

@@ -11,7 +11,7 @@ from loramux_base.nf4 import BLOCK_SIZE
 from loramux_base.shapes import LINEAR_GROUPS, BaseShapes
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.memory import page_bytes
-from loramux_server.model.slab import UNIT_ROWS
+from loramux_server.model.slab import UNIT_ROWS, staging_bytes
 from loramux_server.model.spec import ModelSpec
 
 # Float32 copies of the logits that sampling with every parameter holds at once.
@@ -27,6 +27,7 @@ class Capacity:
         weights: Base weights, embedding, rotary tables.
         unit: One rank unit (16 rank rows in every linear layer).
         slab: All rank units and their tables.
+        staging: What adapters are copied through, on CUDA.
         workspace: Largest step, and once more for captured graphs on CUDA.
         page: One KV page over all layers.
         pages: KV pages that fit; negative or 0 = nothing does.
@@ -37,6 +38,7 @@ class Capacity:
     weights: int
     unit: int
     slab: int
+    staging: int
     workspace: int
     page: int
     pages: int
@@ -50,7 +52,7 @@ class Capacity:
     @property
     def needed(self) -> int:
         """Bytes of everything together; more than `memory` if a fixed number of pages does not fit."""
-        return self.weights + self.slab + self.workspace + max(0, self.pages) * self.page
+        return self.weights + self.slab + self.staging + self.workspace + max(0, self.pages) * self.page
 
     def requests(self, context: int) -> int:
         """Requests of so many tokens, prompt and output, that the pages hold at once."""
@@ -75,12 +77,13 @@ def plan_capacity(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | No
     if shapes is not None:
         modules = sum(len(group) for group in LINEAR_GROUPS.values())
         slab += config.max_slots * (shapes.num_layers * modules * 8 + 4)
+    staging = staging_bytes(shapes, dtype=dtype, max_rank=config.max_rank) if cuda and shapes is not None else 0
     workspace = step_bytes(config, spec, dtype=dtype, dequantizes=config.weights == "nf4" and not shadow)
     page = page_bytes(spec, config.page_size, dtype)
     if config.kv_pages is not None:
         pages = config.kv_pages
     elif cuda:
-        room = int(memory * config.gpu_memory_utilization) - weights - slab - 2 * workspace
+        room = int(memory * config.gpu_memory_utilization) - weights - slab - staging - 2 * workspace
         pages = room // page
     else:
         pages = -(-config.kv_tokens // config.page_size)
@@ -89,6 +92,7 @@ def plan_capacity(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | No
         weights=weights,
         unit=unit,
         slab=slab,
+        staging=staging,
         workspace=2 * workspace if cuda else workspace,
         page=page,
         pages=pages,

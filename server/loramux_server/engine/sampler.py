@@ -22,12 +22,9 @@ from torch import Tensor
 from loramux_server.engine.messages import SamplingSpec, TokenLogprob
 from loramux_server.engine.packed_rows import Array
 from loramux_server.engine.plan import RowPlan
-from loramux_server.kernels.sampling import pick, signed64
+from loramux_server.kernels.sampling import GOLDEN, MIX1, MIX2, pick, signed64
 
 _MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
 # Below it logits would overflow float32 when divided; neighbouring float32 logits are already far apart at it.
 _LOWEST_TEMPERATURE = 1e-6
 
@@ -246,13 +243,13 @@ def _parameters(spec: SamplingSpec, vocab_size: int) -> tuple[float, float, floa
 def _row_key(seed: int, choice: int, position: int) -> int:
     key = seed & _MASK64
     for value in (choice, position):
-        key = _splitmix((key + _GOLDEN * (value + 1)) & _MASK64)
+        key = _splitmix((key + GOLDEN * (value + 1)) & _MASK64)
     return key
 
 
 def _splitmix(value: int) -> int:
-    value = ((value ^ (value >> 30)) * _MIX1) & _MASK64
-    value = ((value ^ (value >> 27)) * _MIX2) & _MASK64
+    value = ((value ^ (value >> 30)) * MIX1) & _MASK64
+    value = ((value ^ (value >> 27)) * MIX2) & _MASK64
     return value ^ (value >> 31)
 
 

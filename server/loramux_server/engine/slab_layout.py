@@ -23,10 +23,6 @@ class Tenure:
     busy: int
     last_used: int
 
-    def overlaps(self, first: int, units: int) -> bool:
-        """Whether the ranges share a unit."""
-        return self.first_unit < first + units and first < self.first_unit + self.units
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Window:

@@ -97,7 +97,13 @@ class RowsLayout:
 
     @classmethod
     def of(cls, base: BaseShapes, adapter: AdapterLayout, *, dtype: torch.dtype) -> "RowsLayout":
-        """The layout that an adapter takes."""
+        """The layout that an adapter takes.
+
+        Args:
+            base: Shapes of the base's linear layers.
+            adapter: What is in it.
+            dtype: Of the rows.
+        """
         there = {module.module for module in adapter.modules}
         groups = [name for name, modules in LINEAR_GROUPS.items() if there & set(modules)]
         return cls(base, dtype=dtype, rows=adapter.max_rank, groups=groups)
@@ -113,6 +119,9 @@ class RowsLayout:
         Args:
             memory: `[bytes]` uint8 that begins with the block of the first layer, at a multiple of 16 bytes.
             layers: Layers in it; None = all.
+
+        Returns:
+            Group -> its tensors, over the layers in `memory`.
         """
         count = self.num_layers if layers is None else layers
         blocks = memory[: count * self.layer_bytes].view(count, self.layer_bytes)
@@ -160,11 +169,6 @@ class AdapterRows:
             for layer, (index, module) in itertools.product(range(len(rows)), enumerate(LINEAR_GROUPS[name])):
                 scales[layer, module] = rows[layer][index]
         return scales
-
-
-def largest_rows_bytes(base: BaseShapes, *, dtype: torch.dtype, max_rank: int) -> int:
-    """Bytes of the largest adapter that a server takes."""
-    return RowsLayout(base, dtype=dtype, rows=max_rank, groups=tuple(LINEAR_GROUPS)).nbytes
 
 
 def _aligned(offset: int) -> int:

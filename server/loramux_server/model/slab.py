@@ -24,12 +24,15 @@ STAGING_BYTES = 64 << 20
 """Device memory through which rows arrive: many layers at once, and never less than the largest layer."""
 
 
-def staging_bytes(largest: RowsLayout) -> int:
+def staging_bytes(base: BaseShapes, *, dtype: torch.dtype, max_rank: int) -> int:
     """Bytes of the staging memory on CUDA.
 
     Args:
-        largest: Layout of the largest adapter taken.
+        base: Shapes of the base's linear layers.
+        dtype: Of the rows.
+        max_rank: Rank of the largest adapter taken.
     """
+    largest = RowsLayout(base, dtype=dtype, rows=max_rank, groups=tuple(LINEAR_GROUPS))
     return max(largest.layer_bytes, min(largest.nbytes, STAGING_BYTES))
 
 
@@ -103,7 +106,10 @@ class LoraSlab:
         # A load on its own stream must not overtake the clear that freed its slot and rows.
         self._cleared = torch.cuda.Event() if self.device.type == "cuda" else None
         # Rows arrive here in one piece and are spread over the groups from here.
-        self._staging = self._make_staging(max_rank) if self.device.type == "cuda" else None
+        self._staging: Tensor | None = None
+        if self.device.type == "cuda":
+            staging = staging_bytes(base, dtype=dtype, max_rank=max_rank)
+            self._staging = torch.empty(staging, dtype=torch.uint8, device=self.device)
         self._first_rows = torch.zeros(max_slots, dtype=torch.int32, device=self.device)
         rows = rank_units * UNIT_ROWS
         self._groups = {
@@ -127,10 +133,6 @@ class LoraSlab:
             for name, group in self._groups.items()
             for layer in range(base.num_layers)
         }
-
-    def _make_staging(self, max_rank: int) -> Tensor:
-        layout = RowsLayout(self.base, dtype=self.dtype, rows=max_rank, groups=tuple(LINEAR_GROUPS))
-        return torch.empty(staging_bytes(layout), dtype=torch.uint8, device=self.device)
 
     @property
     def nbytes(self) -> int:
@@ -215,7 +217,7 @@ class LoraSlab:
             self._forget(slot)
         # Not under the lock: the copies take long, and nobody else may touch these rows or this table entry now.
         try:
-            self._copy(slot, first_row, first_row + count, rows)
+            self._copy(slot, first_row, rows)
             self._fill_rest(first_row, first_row + count, loaded, layout)
             self._first_rows[slot] = first_row
         except BaseException:
@@ -224,7 +226,7 @@ class LoraSlab:
         with self._lock:
             self._resident[slot] = loaded
 
-    def _copy(self, slot: int, first_row: int, end: int, rows: AdapterRows) -> None:
+    def _copy(self, slot: int, first_row: int, rows: AdapterRows) -> None:
         layout = rows.layout
         at_once = self.base.num_layers
         if self._staging is not None:

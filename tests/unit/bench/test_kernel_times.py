@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import GROUPS, SEVEN_B, Bench, Sizes
+from kernel_cases import GROUPS, Bench
 from kernel_results import BF16_FLOPS_PER_S, MEMORY_BYTES_PER_S, Work, layer_sums, result, table
+from kernel_sizes import SEVEN_B, Sizes
 from kernel_timer import Call, ClockTimer
 from kernel_times import main, measure, print_results, save
 

@@ -146,6 +146,27 @@ def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
     slab.check_integrity()
 
 
+def test_a_copy_that_fails_half_way_leaves_an_empty_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slab = make_slab()
+    slab.load(0, 0, 1, write_adapter(tmp_path / "a", tensors_of(BASE)))
+    kept = slab.group(0, "qkv").ranks[0].clone()
+
+    def broken(*_: object) -> None:
+        slab.group(0, "qkv").ranks[1] = 3
+        raise RuntimeError("the device failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slab, "_fill_rest", broken)
+        with pytest.raises(RuntimeError, match="the device failed"):
+            slab.load(1, 1, 1, write_adapter(tmp_path / "b", tensors_of(BASE)))
+    assert 1 not in slab.resident_slots
+    assert torch.count_nonzero(slab.group(0, "qkv").ranks[1]) == 0
+    assert torch.equal(slab.group(0, "qkv").ranks[0], kept)
+    slab.check_integrity()
+    slab.load(1, 1, 1, write_adapter(tmp_path / "c", tensors_of(BASE)))
+    slab.check_integrity()
+
+
 def test_overlap_is_our_bug(tmp_path: Path) -> None:
     slab = make_slab()
     adapter = write_adapter(tmp_path / "a", tensors_of(BASE))

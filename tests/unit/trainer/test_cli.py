@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from loramux_base.embedded import EmbeddedBaseMissing
 from loramux_trainer import cli
 from loramux_trainer.config import RunConfig
 from loramux_trainer.config_file import load_config
@@ -165,3 +166,27 @@ def test_the_hub_stays_off_unless_asked_and_help_needs_no_torch(code: str, asked
         check=False,
     )
     assert done.stdout.strip() == seen, done.stderr
+
+
+def test_eval_takes_the_embedded_base_by_name(
+    run_file: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(monkeypatch, "train", str(run_file)) == 0
+    monkeypatch.setattr("loramux_trainer.config_file.embedded_base", lambda: base)
+    arguments = ["eval", str(tmp_path / "run"), str(tmp_path / "data.jsonl"), "--device", "cpu", "--json", "--base"]
+    capsys.readouterr()
+    assert _main(monkeypatch, *arguments, str(base)) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert _main(monkeypatch, *arguments, "demo") == 0
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_eval_names_an_embedded_base_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> Path:
+        raise EmbeddedBaseMissing("is not installed; install it")
+
+    monkeypatch.setattr("loramux_trainer.config_file.embedded_base", missing)
+    assert _main(monkeypatch, "eval", str(tmp_path), "a.jsonl", "--base", "demo") == 2
+    assert "--base: demo is not installed; install it" in capsys.readouterr().err
