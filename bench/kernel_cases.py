@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from kernel_results import Work
-from kernel_sizes import Sizes
+from kernel_sizes import Case, Sizes
 from kernel_timer import Call
 from torch import Tensor
 
@@ -34,27 +34,6 @@ from loramux_server.model.tuning import cuda_backends
 
 _MOST_COPIES = 128
 _PAGE = 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One operation on one shape.
-
-    Attributes:
-        group: As `Result.group`.
-        name: As `Result.case`.
-        rows: As `Result.rows`.
-        work: What it cannot do without.
-        calls: Makes the calls; holds device memory only while they live.
-        graph: Whether they can be captured.
-    """
-
-    group: str
-    name: str
-    rows: int
-    work: Work
-    calls: Callable[[], Sequence[Call]]
-    graph: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

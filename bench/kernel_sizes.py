@@ -1,6 +1,10 @@
-"""Shapes that `kernel_cases.py` measures on."""
+"""What a case of `kernel_cases.py` is, and the shapes that they measure on."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+
+from kernel_results import Work
+from kernel_timer import Call
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,3 +57,24 @@ class Sizes:
 
 SEVEN_B = Sizes()
 """Shapes of Qwen2.5-7B; the cache bound is five times the L2 of an H100."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One operation on one shape.
+
+    Attributes:
+        group: As `Result.group`.
+        name: As `Result.case`.
+        rows: As `Result.rows`.
+        work: What it cannot do without.
+        calls: Makes the calls; holds device memory only while they live.
+        graph: Whether they can be captured.
+    """
+
+    group: str
+    name: str
+    rows: int
+    work: Work
+    calls: Callable[[], Sequence[Call]]
+    graph: bool = True

@@ -243,6 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     if (options.out / "dense").exists() or (options.out / "nf4").exists():
         parser.error(f"--out {options.out} holds a base already; give a new directory")
     minutes = options.minutes if options.minutes is not None else (0.0 if options.steps else defaults.minutes)
+    if options.rows is not None and options.rows < 1:
+        parser.error(f"--rows {options.rows} must be 1 or more")
     if not options.steps and minutes <= 0:
         parser.error("--minutes must be positive unless --steps is given")
     drills = options.drills if options.drills is not None else () if options.start else defaults.drills

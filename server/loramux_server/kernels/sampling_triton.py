@@ -138,7 +138,6 @@ def _pick(
     raw_row = raw + index * raw_stride
     row = adjusted + index * adjusted_stride
     highest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
-    lowest = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     broken = tl.zeros((BLOCK,), dtype=tl.int32)
     best = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
@@ -148,7 +147,6 @@ def _pick(
         inside = token < vocab
         x = tl.load(raw_row + token, mask=inside, other=-float("inf"))
         broken |= ((x != x) | (inside & (tl.abs(x) == float("inf")))).to(tl.int32)
-        lowest = tl.minimum(lowest, tl.where(inside, x, float("inf")))
         if NORMALISER:
             higher = tl.maximum(highest, x)
             base = tl.where(higher == -float("inf"), 0.0, higher)

@@ -105,6 +105,13 @@ def test_no_time_and_no_steps_is_refused(tmp_path: Path) -> None:
     assert stopped.value.code == 2
 
 
+def test_a_batch_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path), "--steps", "1", "--rows", "0"])
+    assert stopped.value.code == 2
+    assert "--rows 0 must be 1 or more" in capsys.readouterr().err
+
+
 def test_the_default_model_is_of_the_promised_size() -> None:
     config = TrainConfig()
     corpus = Corpus(1)
