@@ -1,4 +1,4 @@
-"""What an adapter that is not in the slab adds to the first token: from the host's memory, and from disk."""
+"""What an adapter that is not in the slab adds to the first token: from the host's memory, and from the store."""
 
 import ctypes
 import mmap
@@ -15,7 +15,8 @@ SAMPLES = 5
 def measure_adapter_times(bench: EngineBench, adapters: list[Path], *, prompt: int) -> dict[str, object]:
     """Time the first token of single requests, by where the adapter is.
 
-    To be called before anything else used the adapters: a host cache of the engine would keep what it once read.
+    To be called before anything else used the adapters: the engine's host memory keeps what it once read. Each timing
+    is of one request to an engine that has nothing else to do, so reading begins with its arrival.
 
     Args:
         bench: An engine whose slab holds none of the adapters.
@@ -24,10 +25,12 @@ def measure_adapter_times(bench: EngineBench, adapters: list[Path], *, prompt: i
 
     Returns:
         Medians in ms: `base_ttft_ms`, `resident_ttft_ms`; over the latter `first_added_ms` (never used by this engine,
-        files as they were found, page cache dropped), `warm_added_ms` (unloaded before), `cold_added_ms` (dropped, made
-        known again, page cache dropped), each with its `..._max_ms`; `files`, what lay in an adapter's directory at the
-        start; `page_cache_left`, the share of the files' pages that the kernel kept although it was asked to drop them
-        (1.0 = cold is no colder than warm); `samples`.
+        files as they were found, page cache dropped), `warm_added_ms` (unloaded before: from host memory),
+        `cold_added_ms` (dropped, made known again, page cache dropped: from the serving blob if the engine writes
+        them), each with its `..._max_ms`; `files` and `cold_files`, what lay in an adapter's directory at the start and
+        when it was cold; `warm_hits`, how many of the warm ones host memory had; `page_cache_left`, the share of the
+        files' pages that the kernel kept although it was asked to drop them (1.0 = cold is no colder than warm);
+        `samples`.
     """
     bench.one(None, prompt=prompt)
     last = len(adapters) - 1
@@ -43,9 +46,13 @@ def measure_adapter_times(bench: EngineBench, adapters: list[Path], *, prompt: i
         left.append(drop_page_cache(adapters[index]))
         times["first"].append(bench.one(index, prompt=prompt))
     resident = [bench.one(index, prompt=prompt) for index in timed]
+    bench.runner.slab.wait_idle()
+    hits = bench.engine.stats().host_hits
     for index in timed:
         bench.unload(index)
         times["warm"].append(bench.one(index, prompt=prompt))
+    hits = bench.engine.stats().host_hits - hits
+    cold_files = sorted(entry.name for entry in adapters[0].iterdir())
     for index in timed:
         bench.forget(index)
         left.append(drop_page_cache(adapters[index]))
@@ -58,7 +65,14 @@ def measure_adapter_times(bench: EngineBench, adapters: list[Path], *, prompt: i
     for name, values in times.items():
         found[f"{name}_added_ms"] = 1000 * (statistics.median(values) - usual)
         found[f"{name}_max_ms"] = 1000 * (max(values) - usual)
-    return {**found, "files": files, "page_cache_left": statistics.mean(left), "samples": len(timed)}
+    return {
+        **found,
+        "files": files,
+        "cold_files": cold_files,
+        "warm_hits": hits,
+        "page_cache_left": statistics.mean(left),
+        "samples": len(timed),
+    }
 
 
 def drop_page_cache(directory: Path) -> float:

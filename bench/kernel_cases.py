@@ -270,7 +270,7 @@ class Bench:
             keys = torch.arange(rows, device=self.device)
             logits = [self._normal(rows, self.sizes.vocab).float() * 4 for _ in range(min(16, self._copies(moved)))]
             wanted = "logprobs" in spec
-            return [lambda one=one: pick(one, one, parameters, keys, logprobs=wanted) for one in logits]  # type: ignore[misc]
+            return [lambda one=one: pick(one, one, parameters, keys, normaliser=wanted) for one in logits]  # type: ignore[misc]
 
         return make
 

@@ -3,11 +3,33 @@
 import dataclasses
 from collections.abc import Sequence
 
-MEMORY_BYTES_PER_S = 3.35e12
-"""HBM3 of an H100 SXM5, from NVIDIA's data sheet; a device copy reaches about nine tenths of it."""
 
-BF16_FLOPS_PER_S = 989e12
-"""Dense bfloat16 of an H100 SXM5's tensor cores, from NVIDIA's data sheet."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a card can do at most, from its data sheet; a device copy reaches about nine tenths of the memory's rate.
+
+    Attributes:
+        name: Part of the device's name.
+        bytes_per_s: Of its memory.
+        flops_per_s: Dense bfloat16 of its tensor cores.
+    """
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.bytes_per_s / 1e12:g} TB/s, {self.flops_per_s / 1e12:g} TFLOP/s"
+
+
+H100 = Card(name="H100", bytes_per_s=3.35e12, flops_per_s=989e12)
+CARDS = (H100, Card(name="H200", bytes_per_s=4.8e12, flops_per_s=989e12))
+"""Cards whose floors are known, each the SXM5 board."""
+
+
+def card_of(device: str) -> Card:
+    """The card of a device's name; an H100 where it is unknown, so that figures stay comparable."""
+    return next((card for card in CARDS if card.name in device), H100)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +44,13 @@ class Work:
     moved: int
     flops: int = 0
 
-    @property
-    def floor(self) -> float:
-        """Seconds that no kernel can beat on the card that the constants are of."""
-        return max(self.moved / MEMORY_BYTES_PER_S, self.flops / BF16_FLOPS_PER_S)
+    def floor(self, card: Card) -> float:
+        """Seconds that no kernel can beat on a card."""
+        return max(self.moved / card.bytes_per_s, self.flops / card.flops_per_s)
 
-    @property
-    def bound(self) -> str:
+    def bound(self, card: Card) -> str:
         """What gives the floor: `memory` or `flops`."""
-        return "memory" if self.moved / MEMORY_BYTES_PER_S >= self.flops / BF16_FLOPS_PER_S else "flops"
+        return "memory" if self.moved / card.bytes_per_s >= self.flops / card.flops_per_s else "flops"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,15 +80,15 @@ class Result:
     graph: bool = True
 
 
-def result(*, group: str, case: str, rows: int, work: Work, seconds: float, graph: bool) -> Result:
-    """A result from seconds."""
+def result(*, group: str, case: str, rows: int, work: Work, seconds: float, graph: bool, card: Card = H100) -> Result:
+    """A result from seconds, against the floor of a card."""
     return Result(
         group=group,
         case=case,
         rows=rows,
         us=1e6 * seconds,
-        floor_us=1e6 * work.floor,
-        bound=work.bound,
+        floor_us=1e6 * work.floor(card),
+        bound=work.bound(card),
         moved=work.moved,
         flops=work.flops,
         graph=graph,

@@ -2,10 +2,12 @@
 
     python bench/kernel_times.py --json kernels.json --plot kernels.png
     python bench/kernel_times.py --only lora,attention --limit-s 120
+    python bench/kernel_times.py --from kernels.json --plot kernels.png     # draws only; needs no device
 
 Each operation runs in a CUDA graph over copies of its operands that exceed the L2 cache; the time is the median of
-several replays by CUDA events. Floors: bytes over 3.35 TB/s, operations over 989 TFLOP/s (H100 SXM5). The sampler is
-timed twice: as the host calls it in a step, and its kernel alone.
+several replays by CUDA events. Floors: bytes over the card's memory rate, operations over its bfloat16 rate, both from
+the data sheet (`kernel_results.CARDS`; another card is held against an H100). The sampler is timed twice: as the host
+calls it in a step, and its kernel alone.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 from kernel_cases import GROUPS, Bench
-from kernel_results import Result, layer_sums, result, table
+from kernel_results import H100, Card, Result, card_of, layer_sums, result, table
 from kernel_sizes import SEVEN_B
 from kernel_timer import CudaTimer, Timer
 from plot import NoMatplotlib, draw_kernels
@@ -32,24 +34,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit-s", type=float, default=float("inf"), metavar="S", help="start no case after that")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result, with card and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over floor; needs matplotlib")
+    parser.add_argument(
+        "--from", dest="source", type=Path, action="append", metavar="FILE", help="measure nothing, read --json files"
+    )
     arguments = parser.parse_args(argv)
     groups = arguments.only.split(",")
     for group in groups:
         if group not in GROUPS:
             parser.error(f"--only {group!r}: choose from {', '.join(GROUPS)}")
+    if arguments.source:
+        files = [json.loads(path.read_text()) for path in arguments.source]
+        found = files[0]["environment"]
+        results = [Result(**one) for file in files for one in file["results"] if one["group"] in groups]
+        print_results(results, heading(found))
+        save(results, found, json_path=arguments.json, plot_path=arguments.plot)
+        return 0
     if not torch.cuda.is_available():
         print("bench/kernel_times.py needs a CUDA device; none is here", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     bench = Bench(sizes=SEVEN_B, device=device, dtype=torch.bfloat16)
-    results = measure(bench, groups, CudaTimer(device), limit_s=arguments.limit_s)
     found = environment("cuda")
+    card = card_of(found["device"])
+    found["floors"] = str(card)
+    results = measure(bench, groups, CudaTimer(device), limit_s=arguments.limit_s, card=card)
     print_results(results, heading(found))
     save(results, found, json_path=arguments.json, plot_path=arguments.plot)
     return 0
 
 
-def measure(bench: Bench, groups: Sequence[str], timer: Timer, *, limit_s: float = float("inf")) -> list[Result]:
+def measure(
+    bench: Bench, groups: Sequence[str], timer: Timer, *, limit_s: float = float("inf"), card: Card = H100
+) -> list[Result]:
     """Time every case of the groups.
 
     Args:
@@ -57,6 +73,7 @@ def measure(bench: Bench, groups: Sequence[str], timer: Timer, *, limit_s: float
         groups: Of `GROUPS`.
         timer: How.
         limit_s: After so many seconds no case is started; how many were left out is said.
+        card: Whose floors the times are held against.
     """
     until, skipped = time.monotonic() + limit_s, 0
     results: list[Result] = []
@@ -66,9 +83,8 @@ def measure(bench: Bench, groups: Sequence[str], timer: Timer, *, limit_s: float
                 skipped += 1
                 continue
             seconds = timer(case.calls(), graph=case.graph)
-            results.append(
-                result(group=group, case=case.name, rows=case.rows, work=case.work, seconds=seconds, graph=case.graph)
-            )
+            about = {"group": group, "case": case.name, "rows": case.rows, "work": case.work, "graph": case.graph}
+            results.append(result(seconds=seconds, card=card, **about))
     if skipped:
         print(f"time limit: {skipped} cases not measured", flush=True)
     return results

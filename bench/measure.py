@@ -156,6 +156,7 @@ _HEAD = (
     "output tok/s",
     "TTFT ms p50/p99",
     "gap ms p50/p99",
+    "weights GiB",
 )
 
 
@@ -181,5 +182,20 @@ def line(row: Row) -> str:
         f"{row.output:,.0f}",
         f"{row.ttft_p50:.0f} / {row.ttft_p99:.0f}",
         f"{row.gap_p50:.1f} / {row.gap_p99:.1f}",
+        f"{row.resident_weight_bytes / 2**30:.2f}" if row.resident_weight_bytes else "",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def parts_table(rows: Sequence[Row]) -> str:
+    """Host milliseconds a step by part as a Markdown table, for the rows that have them; empty where none has."""
+    rows = [row for row in rows if row.parts]
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    head = ["path", "weights", "ahead", "sampling", "adapters", "n", *(f"{name} ms" for name in names)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        first = line(row).split(" | ")[:6]
+        lines.append(f"{' | '.join(first)} | {' | '.join(f'{row.parts.get(name, 0.0):.2f}' for name in names)} |")
+    return "\n".join(lines)

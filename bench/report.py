@@ -80,6 +80,13 @@ def heading(environment: Mapping[str, str]) -> str:
     return "; ".join(value if name == "device" else f"{name} {value}" for name, value in environment.items())
 
 
+def subject(report: Report) -> str:
+    """What was served with which requests, in a line."""
+    found = report.arguments
+    model = found.get("model") or f"random {found.get('random')}"
+    return f"{model}, prompt {found.get('prompt')}, new {found.get('new')}, rank {found.get('rank')}"
+
+
 def versions_differ(reports: Sequence[Report]) -> bool:
     """Whether the runs' figures must not be put side by side."""
     return len({tuple(sorted(report.environment.items())) for report in reports}) > 1

@@ -25,10 +25,10 @@ import torch
 from adapter_times import measure_adapter_times
 from against_peft import PeftBench
 from drive import EngineBench, ServerBench, parts_between
-from measure import Row, line, summarize, summarize_closed, table
-from plot import NoMatplotlib, draw_serving
+from measure import Row, line, parts_table, summarize, summarize_closed, table
+from plot import NoMatplotlib, Points, draw_serving, parse_reference
 from random_model import SHAPES, write_checkpoint
-from report import Report, environment, heading, versions_differ
+from report import Report, environment, heading, subject, versions_differ
 from settings import Settings, make_parser
 from workload import SAMPLING, Adapters, write_adapters
 
@@ -42,8 +42,12 @@ def main() -> None:
     """Parse, build, run, print."""
     parser = make_parser(__doc__ or "")
     arguments = parser.parse_args()
+    try:
+        references = [parse_reference(text) for text in arguments.reference]
+    except ValueError as error:
+        parser.error(f"--reference {error}")
     if arguments.source:
-        _redraw(arguments, parser)
+        _redraw(arguments, references)
         return
     try:
         settings = Settings.of(arguments)
@@ -56,15 +60,10 @@ def main() -> None:
         _measure(arguments, settings, model, adapters, report)
         if arguments.against == "peft" and settings.time_left("PEFT"):
             _measure_peft(arguments, settings, model, adapters, report)
-    print(heading(report.environment))
-    print(
-        f"{arguments.model or f'random {arguments.random}'}, prompt {arguments.prompt}, new {arguments.new}, "
-        f"rank {arguments.rank}"
-    )
-    print(table(report.rows))
     report.save()
+    _print(report.rows, report)
     if arguments.plot is not None:
-        _draw(report.rows, report, arguments)
+        _draw(report.rows, report, arguments, references)
 
 
 def _prepare(arguments: argparse.Namespace, settings: Settings, work: Path) -> tuple[Path, list[Path]]:
@@ -197,6 +196,10 @@ async def _measure_server(
     server = ServerBench(model, flags, uploaded, vocab=read_json(model / "config.json")["vocab_size"])
     on = arguments.device == "cuda" if ahead is None else ahead
     common = {"weights": _weights_label(arguments, shadow), "ahead": on}
+    # The same settings keep the same bytes, in whichever process.
+    for facts in report.engines:
+        if facts["weights"] == common["weights"]:
+            common["resident_weight_bytes"] = facts["resident_weight_bytes"]
     most, shape = max(settings.concurrency), {"prompt": arguments.prompt, "new": arguments.new}
     try:
         print(f"server up after {time.monotonic() - began:.1f} s", flush=True)
@@ -293,22 +296,31 @@ def _rounded(values: dict[str, object]) -> dict[str, object]:
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in values.items()}
 
 
-def _redraw(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _redraw(arguments: argparse.Namespace, references: Sequence[tuple[str, Points]]) -> None:
     reports = [Report.load(path) for path in arguments.source]
     rows = [row for report in reports for row in report.rows]
     if versions_differ(reports):
         print("the files come from different cards or versions: their rows do not compare")
-    print(heading(reports[0].environment))
+    _print(rows, reports[0])
+    if arguments.plot is not None:
+        _draw(rows, reports[0], arguments, references)
+
+
+def _print(rows: Sequence[Row], report: Report) -> None:
+    print(heading(report.environment))
+    print(subject(report))
     print(table(rows))
-    if arguments.plot is None:
-        parser.error("--from: say with --plot where to draw")
-    _draw(rows, reports[0], arguments)
+    if parts := parts_table(rows):
+        print(f"\nHost time a step, prefill steps included:\n\n{parts}")
 
 
-def _draw(rows: Sequence[Row], report: Report, arguments: argparse.Namespace) -> None:
+def _draw(
+    rows: Sequence[Row], report: Report, arguments: argparse.Namespace, references: Sequence[tuple[str, Points]]
+) -> None:
     profiles = [step for path in arguments.profile for step in json.loads(path.read_text())["steps"]]
+    title = f"{subject(report)}\n{heading(report.environment)}"
     try:
-        draw_serving(rows, arguments.plot, title=heading(report.environment), profiles=profiles)
+        draw_serving(rows, arguments.plot, title=title, profiles=profiles, references=references)
     except NoMatplotlib as error:
         print(f"no plot: {error}")
 

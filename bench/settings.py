@@ -127,4 +127,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile", type=Path, action="append", default=[], metavar="FILE", help="profile_step.py --json, for --plot"
     )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="LABEL=N:TOK_S,...",
+        help="a decode line measured elsewhere, for --plot, e.g. 'vLLM 0.22=1:135,8:457,64:2125'",
+    )
     return parser

@@ -56,10 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="write a checkpoint with its linear weights in NF4")
     quantize.add_argument("source", metavar="SRC", help="directory of the checkpoint, or a hub id")
     quantize.add_argument("target", metavar="DST", help="directory to write; must not exist")
-    tune = commands.add_parser("tune", help="measure which product is fastest on this GPU, for a model's shapes")
+    tune = commands.add_parser(
+        "tune",
+        help="measure which product and which prefill chunk are fastest on this GPU, for a model's shapes",
+        description="Measure on this GPU which backend of the NF4 product is fastest at each batch size, and which "
+        "prefill chunk a model wants, and keep both for every server of this card. What was measured holds for one "
+        "version each of torch and bitsandbytes: tune again when one of them changes.",
+    )
     tune.add_argument("--model", required=True, help="directory of the base, a hub id, or `demo`")
+    tune.add_argument("--dry-run", action="store_true", help="measure and report, write nothing")
     plan = commands.add_parser(
-        "plan", help="say what fits on a device, before anything is loaded", argument_default=argparse.SUPPRESS
+        "plan",
+        help="say what fits on a device, before anything is loaded",
+        description="Say what fits on a device, from the model's config alone. A server prints these figures at its "
+        "start beside what they came to, reports them as `planned.*` and `actual.*` in its log, and warns of a part "
+        "that takes over 5 % more than predicted.",
+        argument_default=argparse.SUPPRESS,
     )
     plan.add_argument("--adapters", type=_positive, help="adapters resident at once (default: --max-slots)")
     plan.add_argument("--rank", type=_positive, help="rank of each of them (default 16)")
@@ -98,7 +110,7 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.command == "quantize":
         return _quantize(parsed.source, parsed.target)
     if parsed.command == "tune":
-        return _tune(parsed.model)
+        return _tune(parsed.model, dry_run=parsed.dry_run)
     config = _config(parsed)
     if parsed.command == "plan":
         return _plan(config, parsed)
@@ -172,13 +184,13 @@ def _plan(config: ServerConfig, parsed: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _tune(model: str) -> int:
+def _tune(model: str, *, dry_run: bool) -> int:
     from loramux_server.hub import resolve_model
     from loramux_server.model.tuning import TuningFileError  # torch, only where it is needed
     from loramux_server.tune_command import tune
 
     try:
-        print(tune(resolve_model(model)))
+        print(tune(resolve_model(model), dry_run=dry_run))
     except TuningFileError as error:
         raise UsageError(str(error)) from error
     return EXIT_OK

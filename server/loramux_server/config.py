@@ -47,6 +47,7 @@ class ServerConfig:
         rank_units: Adapter slab in units of 16 rank rows.
         max_slots: Adapters resident at once.
         max_rank: Largest adapter rank.
+        host_adapter_gib: GiB of host memory for adapters; None = decided by the engine, 0 = none.
         schedule_ahead: Launch a step before the results of the one before are in; None = on CUDA.
         shadow: Keep dequantized weights; None = decided by the engine.
         prefix_cache: Reuse KV of equal prefixes.
@@ -85,6 +86,7 @@ class ServerConfig:
     rank_units: int
     max_slots: int
     max_rank: int
+    host_adapter_gib: float | None
     schedule_ahead: bool | None
     shadow: bool | None
     prefix_cache: bool
@@ -144,6 +146,14 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="rank_units", kind=int, default=64, low=1, high=65536, help="adapter slab in units of 16 rank rows"),
     Option(name="max_slots", kind=int, default=64, low=1, high=65536, help="adapters resident at once"),
     Option(name="max_rank", kind=int, default=64, low=16, high=1024, multiple_of=16, help="largest adapter rank"),
+    Option(
+        name="host_adapter_gib",
+        kind=float,
+        default=None,
+        low=0,
+        high=65_536,
+        help="GiB of host memory that keeps adapters ready for the slab",
+    ),
     Option(
         name="schedule_ahead",
         kind=bool,

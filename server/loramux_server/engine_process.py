@@ -144,6 +144,9 @@ def engine_config(config: ServerConfig, model: Path) -> EngineConfig:
         max_rank=config.max_rank,
         rank_units=config.rank_units,
         max_slots=config.max_slots,
+        host_adapter_bytes=None if config.host_adapter_gib is None else int(config.host_adapter_gib * 2**30),
+        # Every version lies in the server's own store.
+        serving_blobs=True,
         batch_invariant=config.batch_invariant,
         schedule_ahead=config.schedule_ahead,
         shadow=config.shadow,

@@ -102,6 +102,9 @@ def _report(capacity: Capacity, engine: EngineConfig, config: ServerConfig, cont
         ),
     ]
     lines = [text if size is None else f"  {size / GIB:8.2f} GiB  {text}" for text, size in rows]
+    if adapters and capacity.host:
+        kept = capacity.host // capacity.unit
+        lines.append(f"beside it, in the host's memory: {capacity.host / GIB:.2f} GiB, {kept} rank units of adapters")
     if capacity.requests(context) < 1:
         lines.append(
             f"one request of {context} tokens does not fit: lower --context, --rank-units or --max-batch-tokens, or "

@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from loramux_server.app import App
 from loramux_server.config import ServerConfig, is_loopback
+from loramux_server.engine.footprint import memory_table
 from loramux_server.engine_process import LaunchEngine
 from loramux_server.lora.uploads import AdapterValidator
 from loramux_server.supervisor import CrashLoop
@@ -75,7 +76,7 @@ async def run_until_stopped(
         await asyncio.wait((stopped, failed, ready), return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and not failed.done():
             _warn_about_access(config)
-            print(f"loramux serving on {config.host}:{app.port}", flush=True)
+            print(banner(f"{config.host}:{app.port}", app.last_ready().details), flush=True)
             await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
         if failed.done():
             try:
@@ -94,6 +95,16 @@ async def run_until_stopped(
             task.cancel()
         await app.stop()
         await asyncio.gather(stopped, failed, ready, return_exceptions=True)
+
+
+def banner(address: str, details: Mapping[str, str]) -> str:
+    """What is printed once the server serves: the line with its address first, then memory, predicted and actual.
+
+    Args:
+        address: Of the gRPC listener.
+        details: Of the engine's `Ready`.
+    """
+    return "\n".join([f"loramux serving on {address}", *filter(None, [memory_table(details)])])
 
 
 def _warn_about_access(config: ServerConfig) -> None:

@@ -1,5 +1,6 @@
 """The model on CUDA: self-test of every family, NF4 products of all backends, bytes resident, row independence."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 from loramux_base import nf4
 from loramux_base.checkpoint import Checkpoint
+from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.footprint import Footprint, memory_table
+from loramux_server.engine.runner import build_runner
 from loramux_server.model.linear import Linear, TuningRow, TuningTable, bitsandbytes_available, dequantize
 from loramux_server.model.load import load_model
 from loramux_server.model.packing import Chunk, PagedSequences
@@ -86,9 +91,43 @@ def test_a_tuned_card_serves_by_its_table(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     directory = make_checkpoint(tmp_path / "m", hidden=256, layers=1, dtype="bfloat16")
     assert load_model(directory, weights="nf4", device="cuda").details["tuned"] is False
+    path = tuning_path(torch.cuda.get_device_name())
+    assert f"nothing written, as asked; {path}" in tune(directory, dry_run=True) and not path.exists()
     text = tune(directory)
-    card = torch.cuda.get_device_name()
-    assert str(tuning_path(card)) in text and "dequantize" in text
-    assert {row.n for row in read_tuning(tuning_path(card)).rows}
+    assert f"wrote {path}" in text and "dequantize" in text and text.count("-> chosen") == 1
+    table = read_tuning(path)
+    assert table is not None and table.torch == torch.__version__
     model = load_model(directory, weights="nf4", device="cuda")
     assert model.details["tuned"] is True
+    assert model.details["tuned_prefill_chunk"] == table.chunk(model.spec)
+    config = EngineConfig(
+        model=str(directory), device="cuda", kv_pages=64, max_running=4, max_batch_tokens=64, self_test=False
+    )
+    runner = build_runner(config)
+    try:
+        limits = Engine.serving(config, runner, runner.ready).limits
+        assert limits.prefill_chunk == min(64, table.chunk(model.spec) or 0)
+    finally:
+        runner.close()
+    invariant = load_model(directory, weights="nf4", device="cuda", batch_invariant=True)
+    assert "tuned_prefill_chunk" not in invariant.details
+
+
+def test_memory_at_start_stands_beside_its_prediction(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "m", hidden=256, layers=2, dtype="bfloat16")
+    config = EngineConfig(
+        model=str(directory), device="cuda", kv_pages=256, max_running=4, max_batch_tokens=128, max_slots=4
+    )
+    gc.collect()  # nothing of another test may go while this one measures
+    runner = build_runner(config)
+    details = runner.ready.details
+    runner.close()
+    planned, actual = Footprint.read(details, "planned"), Footprint.read(details, "actual")
+    assert planned is not None and actual is not None
+    # The allocator may give a tensor of megabytes two more than it asks for.
+    for name in ("weight_bytes", "adapter_bytes", "kv_bytes"):
+        assert -(2**20) < getattr(actual, name) - getattr(planned, name) < 24 * 2**20, name
+    assert actual.kv_pages == planned.kv_pages == 256
+    assert actual.step_bytes is not None and actual.step_bytes > 0
+    assert int(details["actual.device_bytes"]) > actual.weight_bytes + actual.adapter_bytes + actual.kv_bytes
+    assert "the device reports" in memory_table(details)

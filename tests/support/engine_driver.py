@@ -189,8 +189,11 @@ def make_driver(
     units: dict[str, int] | None = None,
     delay: int = 0,
     reading: int = 0,
+    host_size: int = 0,
     **config: object,
 ) -> Driver:
     """A driver with the given pool and slab."""
-    slab = FakeSlab(rank_units=rank_units, max_slots=max_slots, units=units, delay=delay, reading=reading)
+    slab = FakeSlab(
+        rank_units=rank_units, max_slots=max_slots, units=units, delay=delay, reading=reading, host_size=host_size
+    )
     return Driver(runner=FakeRunner(num_pages=pages + 1, page_size=page_size, slab=slab), **config)

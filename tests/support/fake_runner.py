@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.messages import Ready, SamplingSpec, TokenLogprob
-from loramux_server.engine.plan import OutOfMemory, RowPlan, RowResult, StepPlan, StepResult
+from loramux_server.engine.plan import HostUse, OutOfMemory, RowPlan, RowResult, StepPlan, StepResult
 
 VOCAB_SIZE = 64
 
@@ -59,6 +59,10 @@ class FakeSlab:
         units: Rank units by path; 1 for a path not named.
         delay: Polls until a load ends.
         reading: Times that the size of a version is asked in vain before it is known.
+        host_size: Host memory; 0 = none.
+
+    `hinted` has the hints in order; what is hinted or loaded is in `host` from then on, until a test or `forget` takes
+    it out.
     """
 
     def __init__(
@@ -69,7 +73,9 @@ class FakeSlab:
         units: dict[str, int] | None = None,
         delay: int = 0,
         reading: int = 0,
+        host_size: int = 0,
     ) -> None:
+        self.host_size = host_size
         self._rank_units = rank_units
         self._max_slots = max_slots
         self.units = dict(units or {})
@@ -79,6 +85,11 @@ class FakeSlab:
         self.failing: dict[str, Exception] = {}
         self.unreadable: dict[str, Exception] = {}
         self.started: list[str] = []
+        self.hinted: list[str] = []
+        self.prefetches = 0
+        self.forgotten: list[str] = []
+        self.host: set[str] = set()
+        self._host_changes: list[str] = []
         self._rows: list[str | None] = [None] * rank_units
         self._table: dict[int, tuple[int, int, str]] = {}
         self._loads: list[_Load] = []
@@ -107,6 +118,7 @@ class FakeSlab:
         self._table[slot] = (first_unit, units, version_path)
         self._rows[first_unit : first_unit + units] = [None] * units
         self.started.append(version_path)
+        self.keep(version_path)
         self._loads.append(_Load(slot, version_path, self.delay))
 
     def poll_loads(self) -> list[tuple[int, Exception | None]]:
@@ -128,6 +140,37 @@ class FakeSlab:
         assert all(load.slot != slot for load in self._loads), f"slot {slot} cleared while loading"
         first, units, _ = self._table.pop(slot)
         self._rows[first : first + units] = [None] * units
+
+    def prefetch(self, version_path: str) -> None:
+        self.hinted.append(version_path)
+        self.prefetches += bool(self.host_size) and version_path not in self.host
+        self.keep(version_path)
+
+    def forget(self, version_path: str) -> None:
+        self.forgotten.append(version_path)
+        self.lose(version_path)
+
+    def in_host(self, version_path: str) -> bool:
+        return version_path in self.host
+
+    def poll_host(self) -> list[str]:
+        changes, self._host_changes = self._host_changes, []
+        return changes
+
+    def host_use(self) -> HostUse:
+        return HostUse(bytes_used=len(self.host), bytes_total=self.host_size, prefetches=self.prefetches)
+
+    def keep(self, version_path: str) -> None:
+        """Put a version into host memory, if there is any."""
+        if self.host_size and version_path not in self.host:
+            self.host.add(version_path)
+            self._host_changes.append(version_path)
+
+    def lose(self, version_path: str) -> None:
+        """Take a version out of host memory."""
+        if version_path in self.host:
+            self.host.remove(version_path)
+            self._host_changes.append(version_path)
 
     def read(self, slot: int) -> str:
         """Path of the adapter in a slot, proved by its rows; "" for the base."""

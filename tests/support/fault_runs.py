@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loramux_server.engine import model_runner
 from loramux_server.engine.messages import Add, Done, PromptLogprobs, Tokens
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.plan import RowPlan, StepPlan
@@ -19,7 +20,7 @@ from loramux_server.engine.sampler import Sampled, Sampler
 from loramux_server.model.causal_lm import CausalLM
 from tests.support.engine_runs import EagerGraph, Job, RealEngine
 
-POINTS = ("start", "forward", "replay", "logits", "sample", "end")
+POINTS = ("start", "copies", "forward", "replay", "logits", "sample", "to host", "end")
 """Where in a launch memory may run out: before anything, inside, and after everything is launched."""
 
 Rule = Callable[[str, StepPlan], bool]
@@ -122,12 +123,14 @@ class OutOfMemoryIn:
     @contextlib.contextmanager
     def active(self) -> Iterator["OutOfMemoryIn"]:
         """Until the block ends."""
-        launch, forward, logits, sample, replay = (
+        launch, forward, logits, sample, to_host, replay, copy_pages = (
             ModelRunner._launch,
             CausalLM.forward,
             CausalLM.logits,
             Sampler.sample,
+            ModelRunner._to_host,
             EagerGraph.replay,
+            model_runner.copy_pages,
         )
 
         def failing_launch(runner: ModelRunner, plan: StepPlan) -> Any:
@@ -139,6 +142,14 @@ class OutOfMemoryIn:
                 return launched
             finally:
                 self._plan = None
+
+        def failing_copies(*args: Any) -> None:
+            self._at("copies")
+            copy_pages(*args)
+
+        def failing_to_host(runner: ModelRunner, *args: Any) -> Any:
+            self._at("to host")
+            return to_host(runner, *args)
 
         def failing_forward(model: CausalLM, *args: Any) -> Tensor:
             # Half the damage is done by now: the keys and values of the step are written.
@@ -161,6 +172,8 @@ class OutOfMemoryIn:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ModelRunner, "_launch", failing_launch)
+            patch.setattr(ModelRunner, "_to_host", failing_to_host)
+            patch.setattr(model_runner, "copy_pages", failing_copies)
             patch.setattr(CausalLM, "forward", failing_forward)
             patch.setattr(CausalLM, "logits", failing_logits)
             patch.setattr(Sampler, "sample", failing_sample)

@@ -24,6 +24,15 @@ def test_it_tells_what_fits(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "--max-model-len 512 --max-slots 32 --rank-units 64" in out
 
 
+def test_it_tells_what_the_host_keeps(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", str(model), "--memory", "1"]
+    assert main([*arguments, "--host-adapter-gib", "0.5"]) == 0
+    unit = 2 * 16 * 2 * (3 * 64 + 64 + 2 * 32 + 2 * 64 + 2 * (64 + 128) + 64 + 128)
+    assert f"in the host's memory: 0.50 GiB, {2**29 // unit} rank units of adapters" in capsys.readouterr().out
+    assert main([*arguments, "--host-adapter-gib", "0"]) == 0
+    assert "host's memory" not in capsys.readouterr().out
+
+
 def test_ranks_above_the_default_are_served_with_a_flag(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), "--adapters", "4", "--rank", "100", "--memory", "1"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--max-slots 4 --rank-units 28 --max-rank 112")
@@ -79,7 +88,15 @@ def test_cuda_elsewhere_needs_its_memory(model: Path, capsys: pytest.CaptureFixt
     assert "--memory is missing" in capsys.readouterr().err
 
 
+def test_its_help_says_where_the_figures_are_met_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "`planned.*` and `actual.*`" in out and "over 5 % more than predicted" in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to tune")
-def test_tuning_needs_a_card(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--model", str(model)]) == 2
+def test_tuning_needs_a_card(model: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--model", str(model), *flags]) == 2
     assert "tune needs a CUDA device" in capsys.readouterr().err

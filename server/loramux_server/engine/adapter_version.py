@@ -7,7 +7,7 @@ from loramux_server.engine.messages import VersionSpec
 
 
 class Residency(enum.Enum):
-    """Where a version's weights are, as `VersionState.residency` says it."""
+    """Whether a version is in the slab; `STORE` may have its rows in host memory, which comes and goes by itself."""
 
     STORE = "store"
     LOADING = "loading"
@@ -39,6 +39,7 @@ class Version:
         dropped: Takes no new requests.
         unloads: Operations that wait for it to leave.
         preloads: Operations that wait for it to come, each with its time limit.
+        told: The `VersionState.residency` that was told last.
     """
 
     spec: VersionSpec
@@ -53,3 +54,4 @@ class Version:
     dropped: bool = False
     unloads: list[str] = dataclasses.field(default_factory=list)
     preloads: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    told: str = "store"

@@ -10,6 +10,7 @@ import torch
 from loramux_base.nf4 import BLOCK_SIZE
 from loramux_base.shapes import LINEAR_GROUPS, BaseShapes
 from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.host_arena import arena_bytes
 from loramux_server.engine.memory import page_bytes
 from loramux_server.model.slab import UNIT_ROWS, staging_bytes
 from loramux_server.model.spec import ModelSpec
@@ -28,6 +29,7 @@ class Capacity:
         unit: One rank unit (16 rank rows in every linear layer).
         slab: All rank units and their tables.
         staging: What adapters are copied through, on CUDA.
+        host: Host memory that keeps adapters; not of the device.
         workspace: Largest step, and once more for captured graphs on CUDA.
         page: One KV page over all layers.
         pages: KV pages that fit; negative or 0 = nothing does.
@@ -39,6 +41,7 @@ class Capacity:
     unit: int
     slab: int
     staging: int
+    host: int
     workspace: int
     page: int
     pages: int
@@ -93,6 +96,7 @@ def plan_capacity(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | No
         unit=unit,
         slab=slab,
         staging=staging,
+        host=arena_bytes(config.host_adapter_bytes, cuda=cuda) if shapes is not None else 0,
         workspace=2 * workspace if cuda else workspace,
         page=page,
         pages=pages,

@@ -11,6 +11,7 @@ class Counters:
     prefix_query_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    distinct_adapters: int = 0
     step_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     prefill_tokens: int = 0
     decode_tokens: int = 0

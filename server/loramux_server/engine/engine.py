@@ -59,6 +59,7 @@ class Engine:
         fingerprint: Base fingerprint, part of every prefix-cache key.
         max_model_len: The model's longest sequence; None = bounded by the settings and the pool.
         vocab_size: Token ids are below it; None = unchecked.
+        tuned_chunk: Prefill chunk that was measured to be best; None = nothing was.
     """
 
     def __init__(
@@ -70,13 +71,16 @@ class Engine:
         fingerprint: str = "",
         max_model_len: int | None = None,
         vocab_size: int | None = None,
+        tuned_chunk: int | None = None,
     ) -> None:
         self._runner = runner
         self._clock = clock
         self._poison = config.poison
         self._events: list[Event] = []
         emit = self._emit
-        self.limits = Limits.derive(config, runner, max_model_len=max_model_len, vocab_size=vocab_size)
+        self.limits = Limits.derive(
+            config, runner, max_model_len=max_model_len, vocab_size=vocab_size, tuned_chunk=tuned_chunk
+        )
         self._kv = KvCache(
             num_pages=runner.num_pages,
             page_size=runner.page_size,
@@ -133,14 +137,16 @@ class Engine:
         Args:
             config: Settings.
             runner: The device behind the step contract.
-            ready: What `build_runner` found: fingerprint, longest sequence, vocabulary.
+            ready: What `build_runner` found: fingerprint, longest sequence, vocabulary, the best prefill chunk.
         """
+        tuned_chunk = ready.details.get("tuned_prefill_chunk")
         return cls(
             config,
             runner,
             fingerprint=ready.fingerprint,
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
+            tuned_chunk=None if tuned_chunk is None else int(tuned_chunk),
         )
 
     # --- commands --------------------------------------------------------------------------------------------------
@@ -222,6 +228,7 @@ class Engine:
         if step is not None:
             self._flight = self._launch(now, behind=step.plan) if self._ahead else None
             self._counters.steps += 1
+            self._counters.distinct_adapters = len({row.slot for row in step.plan.rows if row.slot >= 0})
             if self._executor.finish(step, self._flight):
                 self._scheduler.ran_well()
             else:
@@ -263,6 +270,7 @@ class Engine:
     def stats(self) -> Stats:
         """Gauges and counters now."""
         counters, pool, residency = self._counters, self._kv.pool, self._residency
+        host = residency.host
         return Stats(
             waiting=len(self._table.waiting),
             running=len(self._table.running),
@@ -284,6 +292,12 @@ class Engine:
             requests_finished=counters.requests_finished,
             requests_cancelled=counters.requests_cancelled,
             requests_failed=counters.requests_failed,
+            distinct_adapters=counters.distinct_adapters,
+            host_bytes_used=host.bytes_used,
+            host_bytes_total=host.bytes_total,
+            host_hits=host.hits,
+            host_misses=host.misses,
+            host_prefetches=host.prefetches,
         )
 
     def _emit(self, event: Event) -> None:

@@ -1,26 +1,34 @@
 """CUDA graphs of whole forward passes, logits included: a ladder of decode sizes and one of mixed token counts.
 
-A step that fits a rung is padded up to it and replayed: one launch instead of several hundred. Sampling stays outside,
-since penalties and grammars need the last token. What does not fit (prompt log-probabilities, more rows than the
-ladder) runs eagerly.
+A step that fits a rung is padded up to it and replayed: one launch instead of several hundred. Sampling stays outside:
+what it launches depends on what the rows ask for. What does not fit (prompt log-probabilities, more rows than the
+ladder) runs eagerly, and so do steps of an operation that has no kernel for the model's shape.
 """
 
 import bisect
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from loramux_base.adapter import LINEAR_GROUPS
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.static_batch import BatchShape, StaticBatch
+from loramux_server.kernels import attention, lora
+from loramux_server.kernels.capability import capture_obstacle
 from loramux_server.model.causal_lm import CausalLM
 from loramux_server.model.slab import LoraSlab
 
 logger = logging.getLogger(__name__)
+
+_EAGER = (
+    "no CUDA graph of %s, since %s: they are launched kernel by kernel, several times slower. Full speed needs a base, "
+    "and a card with Triton, that the kernels take"
+)
 
 DECODE_LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of decode graphs; those above `max_running` are left out."""
@@ -117,17 +125,32 @@ class ForwardGraphs:
     def capture(self) -> None:
         """Capture every shape, the largest first, so that the smaller ones reuse its memory."""
         began = time.monotonic()
+        adapted = self._adapted()
         shapes = [
-            BatchShape(tokens=tokens, decode=decode, lora=lora, max_kv_length=bound)
+            BatchShape(tokens=tokens, decode=decode, lora=with_adapters, max_kv_length=bound)
             for decode, rungs in ((False, self._mixed), (True, self._decode))
             for tokens in reversed(rungs)
-            for lora in ((True, False) if self._slab is not None else (False,))
+            for with_adapters in adapted
             for bound in (self._kv_bounds if decode or self._batch_invariant else self._kv_bounds[-1:])
         ]
         with torch.inference_mode():
             for shape in shapes:
                 self._graphs[shape] = self._record(functools.partial(self._launches, shape))
         logger.info("captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
+
+    def _adapted(self) -> Sequence[bool]:
+        """Which steps can be captured: with adapters (True), of the base alone (False)."""
+        obstacle = _attention_obstacle(self._model)
+        if obstacle is not None:
+            logger.warning(_EAGER, "any step", obstacle)
+            return ()
+        if self._slab is None:
+            return (False,)
+        obstacle = _lora_obstacle(self._model, self._slab)
+        if obstacle is not None:
+            logger.warning(_EAGER, "steps with adapters", obstacle)
+            return (False,)
+        return (True, False)
 
     def run(self, plan: StepPlan, sampled: Tensor | None = None) -> Tensor | None:
         """Run a plan's forward pass.
@@ -170,6 +193,22 @@ class ForwardGraphs:
         batch = self._static.batch(shape)
         hidden = self._model.forward(batch, self._kv, self._slab if shape.lora else None)
         self._logits[: len(hidden)].copy_(self._model.logits(hidden))
+
+
+def _attention_obstacle(model: CausalLM) -> str | None:
+    """Why no forward pass of the model can be captured, None if they can."""
+    spec = model.spec
+    unsupported = attention.unsupported(
+        model.dtype, heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
+    )
+    return capture_obstacle(model.device, "paged_attention", unsupported)
+
+
+def _lora_obstacle(model: CausalLM, slab: LoraSlab) -> str | None:
+    """Why no forward pass with adapters can be captured, None if they can."""
+    groups = (slab.group(0, name) for name in LINEAR_GROUPS)  # every layer has the same shapes
+    causes = (lora.unsupported(model.dtype, group) for group in groups)
+    return capture_obstacle(model.device, "lora_add", next(filter(None, causes), None))
 
 
 def _rungs(ladder: tuple[int, ...], limit: int) -> list[int]:

@@ -8,6 +8,20 @@ from loramux_server.engine.messages import Add
 from loramux_server.engine.plan import Runner
 from loramux_server.errors import InvalidRequest, Reason
 
+DEFAULT_PREFILL_CHUNK = 512
+"""Where neither a setting nor a measurement says better."""
+
+
+def prefill_chunk(config: EngineConfig, tuned: int | None) -> int:
+    """Most prompt tokens of one sequence in a step: as set, else as measured, else the default; within the budget.
+
+    Args:
+        config: Settings.
+        tuned: What was measured to be best; None = nothing was.
+    """
+    chosen = config.prefill_chunk if config.prefill_chunk is not None else tuned or DEFAULT_PREFILL_CHUNK
+    return min(chosen, config.max_batch_tokens)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -29,20 +43,29 @@ class Limits:
 
     @classmethod
     def derive(
-        cls, config: EngineConfig, runner: Runner, *, max_model_len: int | None, vocab_size: int | None
+        cls,
+        config: EngineConfig,
+        runner: Runner,
+        *,
+        max_model_len: int | None,
+        vocab_size: int | None,
+        tuned_chunk: int | None = None,
     ) -> "Limits":
         """Limits for a configuration; a request of maximum length always fits the pool."""
         pool_tokens = (runner.num_pages - 1) * runner.page_size
         longest = min(value for value in (max_model_len, config.max_model_len, pool_tokens) if value is not None)
-        for name in ("max_running", "max_batch_tokens", "prefill_chunk"):
+        chunk = prefill_chunk(config, tuned_chunk)
+        for name in ("max_running", "max_batch_tokens"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}: {getattr(config, name)} must be at least 1")
+        if chunk < 1:
+            raise ValueError(f"prefill_chunk: {chunk} must be at least 1")
         return cls(
             max_model_len=longest,
             vocab_size=vocab_size,
             max_running=min(config.max_running, config.max_batch_tokens),
             max_batch_tokens=config.max_batch_tokens,
-            prefill_chunk=config.prefill_chunk,
+            prefill_chunk=chunk,
         )
 
     def output_tokens(self, add: Add, kv: KvCache) -> int:

@@ -165,7 +165,7 @@ class Preload(msgspec.Struct, frozen=True, kw_only=True, tag="preload"):
 
 
 class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
-    """Free a version's slab rows once no sequence uses it. Answered by `Completed(operation_id)` when freed."""
+    """Free a version's slab rows once no sequence uses it, not the host's. Answered by `Completed(operation_id)`."""
 
     operation_id: str
     version: str
@@ -359,7 +359,7 @@ class VersionState(msgspec.Struct, frozen=True, kw_only=True, tag="version_state
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
-    """Gauges and counters (counters count since the engine started), sent at most every 0.25 s and when idle begins."""
+    """Gauges, counters since the engine started; sent every 0.25 s and when idle begins. `host_*`: `plan.HostUse`."""
 
     waiting: int
     running: int
@@ -381,6 +381,12 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     requests_finished: int
     requests_cancelled: int
     requests_failed: int
+    distinct_adapters: int = 0
+    host_bytes_used: int = 0
+    host_bytes_total: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
+    host_prefetches: int = 0
 
 
 Event = Ready | Started | PromptLogprobs | Tokens | SequenceFinished | Done | Completed | Pong | VersionState | Stats

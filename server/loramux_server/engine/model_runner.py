@@ -170,7 +170,9 @@ class ModelRunner:
             logits = self._model.logits(hidden[: len(sampled_rows)]) if sampled_rows else None
             prompts, prompt_top = self._prompt_logprobs(hidden[len(sampled_rows) :], plan)
         forwarded = time.perf_counter()
-        sampled = self._sampler.sample(logits, sampled_rows) if logits is not None and sampled_rows else None
+        sampled = None
+        if logits is not None and sampled_rows:
+            sampled = self._sampler.sample(logits, sampled_rows, self._sampled)
         # Its rows may feed the step behind this one.
         self._sampled = None if sampled is None else sampled.packed[:, 0]
         host, prompts_host, event = self._to_host(sampled, prompts)

@@ -3,8 +3,15 @@
 import torch
 
 # What is said, apart from `torch.OutOfMemoryError`: by the CUDA runtime (pinned buffers, graph launches) and Triton
-# (kernels that are loaded late), by cuBLAS (a handle or workspace), and by the allocator of the CPU.
-_PHRASES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+# (kernels that are loaded late), by cuBLAS (a handle or workspace), and by the allocator of the CPU. A broken context
+# keeps cuBLAS from making a handle too: the runner's wait for the device, which follows, tells.
+_PHRASES = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "can't allocate memory",
+    "not enough memory",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

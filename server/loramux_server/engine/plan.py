@@ -27,7 +27,7 @@ class RowPlan:
     """Work on one sequence in one step: tokens `[start, start + len(token_ids))` enter the KV cache.
 
     Attributes:
-        sequence_id: Small integer, unique while the sequence lives; keys per-sequence device state (penalties).
+        sequence_id: Small integer, unique while the sequence lives; keys what a runner keeps of it (token counts).
         token_ids: Tokens computed now (a prefill chunk, or the last sampled token); one placeholder if `source` is set.
         source: Index, among the sampled rows of the step before, of the row whose token is this row's only token; -1 =
             `token_ids` are known.
@@ -39,7 +39,7 @@ class RowPlan:
         choice: Index of the sequence in its request (counter of the random numbers).
         position: Position of the token to be sampled = start + len(token_ids).
         history: All token ids known so far (prompt + output), for penalties and bad words; a live view, do not keep. It
-            lacks the token of `source`.
+            lacks the token of `source`, and only that one: `position` = its length, and one more if `source` is set.
         prompt_length: Prompt tokens in `history`.
         prompt_logprobs: k when this chunk must give log-probabilities of the tokens that follow each of its tokens.
         prompt_targets: Those following tokens; as many as `token_ids`, one less at the prompt's end.
@@ -133,10 +133,30 @@ class StepHandle(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostUse:
+    """Host memory that keeps adapters between store and slab.
+
+    Attributes:
+        bytes_used: Bytes taken.
+        bytes_total: Bytes in all; 0 = there is none.
+        hits: Loads that found their adapter there.
+        misses: Loads that waited for the store.
+        prefetches: Adapters that were read before a load asked for them.
+    """
+
+    bytes_used: int = 0
+    bytes_total: int = 0
+    hits: int = 0
+    misses: int = 0
+    prefetches: int = 0
+
+
 class SlabView(Protocol):
     """Slab as the scheduler's residency needs it: rank units, no tensors. Implemented by the runner.
 
     Loading may be asynchronous: `start_load` returns at once and `poll_loads` reports what ended since the last call.
+    Between store and slab there may be host memory, whose content is the runner's own affair: it takes hints.
     """
 
     @property
@@ -172,6 +192,26 @@ class SlabView(Protocol):
 
     def clear(self, slot: int) -> None:
         """Forget a slot, for steps launched from now on: its table entry becomes rank 0, others may get its rows."""
+        ...
+
+    def prefetch(self, version_path: str) -> None:
+        """Hint that a version will be loaded soon. Never blocks, may be dropped, and fails nothing."""
+        ...
+
+    def forget(self, version_path: str) -> None:
+        """Keep nothing of a version in host memory: it will not be loaded any more."""
+        ...
+
+    def in_host(self, version_path: str) -> bool:
+        """Whether a load of the version would find it in host memory."""
+        ...
+
+    def poll_host(self) -> list[str]:
+        """Paths of versions whose `in_host` may have changed since the last call."""
+        ...
+
+    def host_use(self) -> HostUse:
+        """Gauges and counters of host memory."""
         ...
 
 

@@ -87,17 +87,6 @@ class Request:
         return self.add.alias is not None or self.add.version is not None
 
     @property
-    def needs_history(self) -> bool:
-        """Whether sampling a token needs those before it on the host."""
-        sampling = self.add.sampling
-        return bool(
-            sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty
-            or sampling.frequency_penalty
-            or any(len(word) > 1 for word in sampling.bad_words)
-        )
-
-    @property
     def owes_prompt_logprobs(self) -> bool:
         """Whether prompt log-probabilities were asked and some are not out yet."""
         return self.add.sampling.prompt_logprobs is not None and self.prompt_logprobs_sent < self.prompt_length

@@ -122,6 +122,9 @@ class RequestTable:
         self._requests_of_key[key] = self._requests_of_key.get(key, 0) + 1
         self._fairness.activate(key, add.weight)
         self.waiting.push(request)
+        if request.uses_adapter:
+            version, _ = self.resolve(request)
+            self._residency.expect(version)
         if add.time_left is not None:
             self._set_timer(now + add.time_left, request, hard=True)
         if add.soft_time_limit is not None:

@@ -2,24 +2,23 @@
 
 Two counts are kept apart. A *reference* is held by every request that a version is bound to, preempted ones included:
 a dropped version is forgotten when it reaches zero. A *use* is held by requests that run: a version in use is never
-evicted. Reading and loading are asynchronous; only the requests of the version that loads wait for it.
+evicted. Reading and loading are asynchronous; only the requests of the version that loads wait for it. What is wanted
+and finds no room yet is read into host memory meanwhile.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from loramux_server.engine.adapter_version import Residency, Room, Version
-from loramux_server.engine.messages import Completed, ErrorSpec, Event, VersionSpec
-from loramux_server.engine.plan import SlabView
+from loramux_server.engine.messages import ErrorSpec, Event, VersionSpec
+from loramux_server.engine.plan import HostUse, SlabView
+from loramux_server.engine.residency_operations import ResidencyOperations
 from loramux_server.engine.residency_report import ResidencyReport
 from loramux_server.engine.slab_layout import Reservation, Tenure, find_window, find_window_to_drain
 from loramux_server.engine.wire_error import error_spec
-from loramux_server.errors import LoramuxServerError, NotFound, Reason, ResourceExhausted, Unavailable
+from loramux_server.errors import NotFound, Reason, ResourceExhausted, Unavailable
 
 logger = logging.getLogger(__name__)
-
-PRELOAD_PATIENCE = 10.0
-"""Seconds a `Preload` waits for room."""
 
 
 class AdapterResidency:
@@ -37,8 +36,10 @@ class AdapterResidency:
         self._on_forget = on_forget
         self._versions: dict[str, Version] = {}
         self._by_slot: dict[int, Version] = {}
-        self._preloading: dict[str, Version] = {}
-        self._report = ResidencyReport(emit)
+        # Adapters with the same content share a directory, and so their rows on the host.
+        self._at_path: dict[str, set[str]] = {}
+        self._operations = ResidencyOperations(emit, want=lambda known: self.want(known.spec.version, newcomer=True))
+        self._report = ResidencyReport(emit, in_host=slab.in_host)
         self._reserved: Reservation | None = None
         self._tick = 0
         # Fewest rank units known not to fit since room last appeared: spares a search for each waiting request.
@@ -56,10 +57,14 @@ class AdapterResidency:
         known = self._versions.get(spec.version)
         if known is None:
             self._versions[spec.version] = Version(spec=spec)
+            self._at_path.setdefault(spec.path, set()).add(spec.version)
             return
         known.dropped = False
         if known.state is Residency.STORE:
+            if known.spec != spec:
+                self._leave_path(known)
             known.spec, known.units = spec, 0
+            self._at_path.setdefault(spec.path, set()).add(spec.version)
 
     def drop(self, version: str) -> None:
         """Take no new requests for a version; it is forgotten when the last reference goes."""
@@ -68,7 +73,7 @@ class AdapterResidency:
             return
         known.dropped = True
         self.changes += 1
-        self._end_preloads(known, error_spec(_not_found(version)))
+        self._operations.end_preloads(known, error_spec(_not_found(version)))
         self._settle(known)
 
     def serves(self, version: str) -> bool:
@@ -108,6 +113,12 @@ class AdapterResidency:
         """Digest of a known version."""
         return self._versions[version].spec.digest
 
+    def expect(self, version: str) -> None:
+        """Hint that a request will want a known version: it is read into host memory before its turn."""
+        known = self._versions[version]
+        if known.state is Residency.STORE and not known.unloads:
+            self._slab.prefetch(known.spec.path)
+
     # --- room in the slab ------------------------------------------------------------------------------------------
 
     def want(self, version: str, *, newcomer: bool = False) -> Room:
@@ -130,9 +141,10 @@ class AdapterResidency:
             return Room.NONE if held else Room.READY
         if known.state is Residency.LOADING:
             return Room.LOADING
-        if blocked:
-            return Room.NONE
-        return self._start_load(known)
+        room = Room.NONE if blocked else self._start_load(known)
+        if room is Room.NONE:
+            self.expect(version)
+        return room
 
     def acquire(self, version: str) -> int:
         """Use a resident version; returns its slot."""
@@ -238,11 +250,16 @@ class AdapterResidency:
                 spec = error_spec(error)
                 failed.append((known.spec.version, spec))
                 self._vacate(known, announce=False)
-                self._end_preloads(known, spec)
+                self._operations.end_preloads(known, spec)
             self._settle(known)
-        for known in list(self._preloading.values()):
-            self._advance_preload(known, now)
+        self._report_host()
+        self._operations.advance(now)
         return failed
+
+    def _report_host(self) -> None:
+        for path in self._slab.poll_host():
+            for version in self._at_path.get(path, ()):
+                self._report.moved(self._versions[version])
 
     # --- operations ------------------------------------------------------------------------------------------------
 
@@ -250,17 +267,15 @@ class AdapterResidency:
         """Load a version ahead of its requests; answered by `Completed`."""
         known = self._versions.get(version)
         if known is None or known.dropped:
-            self._complete([operation_id], error_spec(_not_found(version)))
+            self._operations.answer([operation_id], error_spec(_not_found(version)))
             return
-        known.preloads.append((operation_id, now + PRELOAD_PATIENCE))
-        self._preloading[version] = known
-        self._advance_preload(known, now)
+        self._operations.preload(known, operation_id, now)
 
     def unload(self, operation_id: str, version: str) -> None:
         """Free a version's rows once nothing uses it; answered by `Completed`."""
         known = self._versions.get(version)
         if known is None:
-            self._complete([operation_id], error_spec(_not_found(version)))
+            self._operations.answer([operation_id], error_spec(_not_found(version)))
             return
         known.unloads.append(operation_id)
         self.changes += 1
@@ -270,13 +285,13 @@ class AdapterResidency:
         """Answer every pending operation: the engine shuts down."""
         spec = error_spec(Unavailable(Reason.DRAINING, "the engine is shutting down"))
         for known in self._versions.values():
-            self._end_preloads(known, spec)
-            self._end_unloads(known, spec)
+            self._operations.end_preloads(known, spec)
+            self.changes += self._operations.end_unloads(known, spec)
 
     @property
     def pending(self) -> bool:
         """Whether loads or preloads are under way."""
-        return bool(self._preloading) or any(k.state is Residency.LOADING for k in self._by_slot.values())
+        return self._operations.preloading or any(k.state is Residency.LOADING for k in self._by_slot.values())
 
     @property
     def resident(self) -> int:
@@ -288,38 +303,10 @@ class AdapterResidency:
         """Rank units that are taken, loads in flight included."""
         return sum(known.units for known in self._by_slot.values())
 
-    def _advance_preload(self, known: Version, now: float) -> None:
-        try:
-            room = self.want(known.spec.version, newcomer=True)
-        except LoramuxServerError as error:
-            self._end_preloads(known, error_spec(error))
-            return
-        if room is Room.READY:
-            self._end_preloads(known, None)
-            return
-        if room is Room.NONE:
-            late = [operation_id for operation_id, until in known.preloads if until <= now]
-            known.preloads = [entry for entry in known.preloads if entry[1] > now]
-            full = ResourceExhausted(
-                Reason.ADAPTER_SLOTS_EXHAUSTED, "every rank unit is in use; unpin or unload an adapter", retry_after=1.0
-            )
-            self._complete(late, error_spec(full))
-            if not known.preloads:
-                del self._preloading[known.spec.version]
-
-    def _end_preloads(self, known: Version, error: ErrorSpec | None) -> None:
-        preloads, known.preloads = known.preloads, []
-        self._preloading.pop(known.spec.version, None)
-        self._complete([operation_id for operation_id, _ in preloads], error)
-
-    def _end_unloads(self, known: Version, error: ErrorSpec | None) -> None:
-        unloads, known.unloads = known.unloads, []
-        self.changes += bool(unloads)
-        self._complete(unloads, error)
-
-    def _complete(self, operation_ids: Iterable[str], error: ErrorSpec | None) -> None:
-        for operation_id in operation_ids:
-            self._emit(Completed(operation_id=operation_id, error=error))
+    @property
+    def host(self) -> HostUse:
+        """Gauges and counters of host memory."""
+        return self._slab.host_use()
 
     def _settle(self, known: Version) -> None:
         """Finish what waits for a version to come to rest: unloads and the end of a dropped one."""
@@ -328,11 +315,19 @@ class AdapterResidency:
         gone = known.dropped and known.references == 0
         if (known.unloads or gone) and known.state is Residency.GPU:
             self._vacate(known, announce=not gone)
-        self._end_unloads(known, None)
+        self.changes += self._operations.end_unloads(known, None)
         if gone and self._versions.get(known.spec.version) is known:
             del self._versions[known.spec.version]
+            self._leave_path(known)
             self._on_forget(known.spec.version)
             self._report.tell(known, dropped=True)
+
+    def _leave_path(self, known: Version) -> None:
+        others = self._at_path[known.spec.path]
+        others.remove(known.spec.version)
+        if not others:
+            del self._at_path[known.spec.path]
+            self._slab.forget(known.spec.path)
 
     def _vacate(self, known: Version, *, announce: bool = True) -> None:
         assert known.uses == 0, f"{known.spec.version} is in use"
@@ -378,8 +373,9 @@ class AdapterResidency:
             assert known.uses == uses.get(name, 0), f"{name}: {known.uses} uses"
             assert known.uses == 0 or known.state is Residency.GPU
             assert not (known.dropped and known.references == 0 and known.state is not Residency.LOADING)
-            assert bool(known.preloads) == (self._preloading.get(name) is known), f"{name}: preloads"
-        assert set(self._preloading) <= set(self._versions)
+            assert name in self._at_path[known.spec.path]
+        assert sum(len(names) for names in self._at_path.values()) == len(self._versions)
+        self._operations.check_integrity(self._versions)
         self._report.check_integrity(self._versions)
         if self._too_many_units is not None:
             free_slot = len(self._by_slot) < self._slab.max_slots or not all(t.busy for t in self._tenures())

@@ -14,18 +14,31 @@ class ResidencyReport:
 
     Args:
         emit: Takes the events.
+        in_host: Whether the rows of the version at a path are in host memory.
     """
 
-    def __init__(self, emit: Callable[[Event], None]) -> None:
+    def __init__(self, emit: Callable[[Event], None], *, in_host: Callable[[str], bool]) -> None:
         self._emit = emit
+        self._in_host = in_host
         # Versions whose reference count may have moved since they were last told.
         self._moved: dict[str, Version] = {}
 
     def tell(self, known: Version, *, dropped: bool = False) -> None:
         """Tell the state of a version now."""
-        version, residency = known.spec.version, "gpu" if known.state is Residency.GPU else "store"
+        version, residency = known.spec.version, self._level(known)
+        known.told = "store" if dropped else residency
         self._moved.pop(version, None)
         self._emit(VersionState(version=version, residency=residency, references=known.references, dropped=dropped))
+
+    def moved(self, known: Version) -> None:
+        """Rows of a version came to host memory or left it: tell it if that shows."""
+        if known.told != self._level(known):
+            self.tell(known)
+
+    def _level(self, known: Version) -> str:
+        if known.state is Residency.GPU:
+            return "gpu"
+        return "host" if self._in_host(known.spec.path) else "store"
 
     def bound(self, known: Version) -> None:
         """A reference was taken."""

@@ -5,15 +5,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import torch
 
 from loramux_base.checkpoint import read_json
-from loramux_base.shapes import BaseShapes, UnsupportedBase, base_shapes
+from loramux_base.shapes import UnsupportedBase, base_shapes
 from loramux_server.engine.adapter_loader import AdapterLoader, NoAdapters
-from loramux_server.engine.capacity import plan_capacity
 from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.device_memory import MemoryMeter, predicted
+from loramux_server.engine.footprint import Footprint, warnings
 from loramux_server.engine.graphs import CudaRecorder, ForwardGraphs, Recorder
+from loramux_server.engine.host_arena import arena_bytes
+from loramux_server.engine.limits import prefill_chunk
 from loramux_server.engine.memory import KvPlan, allocate_kv, plan_kv
 from loramux_server.engine.messages import Ready, SamplingSpec
 from loramux_server.engine.model_runner import ModelRunner
@@ -21,10 +23,10 @@ from loramux_server.engine.plan import RowPlan, StepPlan
 from loramux_server.engine.staging import BatchStaging
 from loramux_server.engine.static_batch import StaticBatch
 from loramux_server.model.causal_lm import CausalLM
+from loramux_server.model.linear import TuningTable
 from loramux_server.model.load import load_model
 from loramux_server.model.self_test import self_test
 from loramux_server.model.slab import LoraSlab
-from loramux_server.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +37,15 @@ class NoDevice(ValueError):
     """The device asked for is not there; the server refuses to start."""
 
 
-def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> ModelRunner:
+def build_runner(
+    config: EngineConfig, *, record: Recorder | None = None, table: TuningTable | None = None
+) -> ModelRunner:
     """Load, size, warm up.
 
     Args:
         config: Settings of this process.
         record: Makes the graphs of forward passes; None = CUDA graphs where the device and the settings allow them.
+        table: Choices of the NF4 product's backend; None = those of the card, if it was tuned.
 
     Raises:
         NoDevice: CUDA was asked for and is not there.
@@ -55,12 +60,23 @@ def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> Mod
     if device.type == "cpu" and config.threads is not None:
         torch.set_num_threads(config.threads)
     directory = Path(config.model)
+    meter = MemoryMeter(device)
     model = load_model(
-        directory, weights=config.weights, device=device, shadow=config.shadow, batch_invariant=config.batch_invariant
+        directory,
+        weights=config.weights,
+        device=device,
+        shadow=config.shadow,
+        batch_invariant=config.batch_invariant,
+        table=table,
     )
+    weight_bytes = meter.take(model.resident_weight_bytes)
     if config.self_test:
         model.details["self_test_deviation"] = f"{self_test(model.spec, device=device, dtype=model.dtype):.3g}"
+    meter.take(0)
     slab, loader = _residency(config, directory, model)
+    adapter_bytes = meter.take(slab.nbytes if slab is not None else 0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading has left behind is no step's
     plan = plan_kv(
         config,
         model.spec,
@@ -68,25 +84,36 @@ def build_runner(config: EngineConfig, *, record: Recorder | None = None) -> Mod
         device=device,
         largest_step=lambda: _largest_step(config, model, slab, loader),
     )
+    meter.take(0)
     kv = allocate_kv(model.spec, pages=plan.pages, page_size=config.page_size, dtype=model.dtype, device=device)
+    kv_bytes = meter.take(sum(layer.nbytes for layer in kv))
     ready = _ready(config, model, plan, loader)
-    ready.details.update(_planned(config, model.spec, slab.base if slab is not None else None, device))
     runner = _runner(config, model, kv, slab, loader, plan.max_model_len, ready)
     _warm_up(runner, config, plan.max_model_len)
     if record is None and device.type == "cuda" and config.cuda_graphs:
         record = CudaRecorder(device)
     if record is not None:
         runner.capture(_graphs(config, model, kv, slab, plan.max_model_len, record))
+    actual = Footprint(
+        weight_bytes=weight_bytes,
+        adapter_bytes=adapter_bytes,
+        kv_bytes=kv_bytes,
+        step_bytes=meter.steps(weight_bytes + adapter_bytes + kv_bytes),
+        kv_pages=plan.pages,
+    )
+    ready.details.update(_held_against_the_plan(config, model, slab, actual) | meter.totals())
     ready.details["seconds_to_ready"] = f"{time.monotonic() - began:.1f}"
     return runner
 
 
-def _planned(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | None, device: torch.device) -> dict[str, str]:
-    """What `loramux-server plan` says of these settings, to be held against what came of them."""
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-    settings = msgspec.structs.replace(config, device=device.type)
-    capacity = plan_capacity(settings, spec, shapes, memory=memory)
-    return {"planned.weight_bytes": str(capacity.weights), "planned.kv_pages": str(max(0, capacity.pages))}
+def _held_against_the_plan(
+    config: EngineConfig, model: CausalLM, slab: LoraSlab | None, actual: Footprint
+) -> dict[str, str]:
+    """Both footprints, for `Ready.details`; warns of parts that take more than predicted."""
+    planned = predicted(config, model.spec, slab.base if slab is not None else None, model.device)
+    for line in warnings(planned, actual):
+        logger.warning("%s", line)
+    return planned.details("planned") | actual.details("actual")
 
 
 def _residency(
@@ -106,6 +133,10 @@ def _residency(
         device=model.device,
         poison=config.poison,
     )
+    asked = config.host_adapter_bytes
+    host_bytes = arena_bytes(asked, cuda=model.device.type == "cuda")
+    if asked is not None and host_bytes < asked:
+        logger.warning("host_adapter_bytes: %d is over half of this machine's memory; %d are used", asked, host_bytes)
     loader = AdapterLoader(
         slab,
         shapes,
@@ -113,6 +144,8 @@ def _residency(
         max_slots=config.max_slots,
         max_rank=config.max_rank,
         device=model.device,
+        host_bytes=host_bytes,
+        serving_blobs=config.serving_blobs,
     )
     return slab, loader
 
@@ -222,7 +255,8 @@ def _largest_step(
 def _warm_up(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
     """Compile and touch every kernel once before the server says it is ready: prefill, decode, mixed."""
     usable = (runner.num_pages - 1) * config.page_size
-    chunk = min(config.prefill_chunk, config.max_batch_tokens, max_model_len, usable)
+    tuned = runner.ready.details.get("tuned_prefill_chunk")
+    chunk = min(prefill_chunk(config, None if tuned is None else int(tuned)), max_model_len, usable)
     for counts in ([1], [chunk], [1] * min(8, config.max_running, config.max_batch_tokens, runner.num_pages - 1)):
         rows = _rows(counts, config.page_size)
         runner.launch(StepPlan(step=0, rows=rows)).result()

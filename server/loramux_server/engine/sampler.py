@@ -12,7 +12,6 @@ R = sampled rows, V = vocabulary size.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loramux_server.engine.messages import SamplingSpec, TokenLogprob
-from loramux_server.engine.packed_rows import Array
+from loramux_server.engine.penalties import Penalties
 from loramux_server.engine.plan import RowPlan
 from loramux_server.kernels.sampling import GOLDEN, MIX1, MIX2, pick, signed64
 
@@ -42,7 +41,7 @@ class Sampled:
 
 
 class Sampler:
-    """Stateless but for counts of seen tokens, kept a sequence for penalties.
+    """Stateless but for what `Penalties` keeps.
 
     Args:
         vocab_size: V.
@@ -52,24 +51,25 @@ class Sampler:
     def __init__(self, *, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._seen: dict[int, _SeenTokens] = {}
+        self._penalties = Penalties(vocab_size=vocab_size, device=device)
         self._greedy = torch.zeros(0, dtype=torch.int64, device=device)
 
     def release(self, sequence_id: int) -> None:
         """Forget a finished sequence."""
-        self._seen.pop(sequence_id, None)
+        self._penalties.release(sequence_id)
 
-    def sample(self, logits: Tensor, rows: Sequence[RowPlan]) -> Sampled:
+    def sample(self, logits: Tensor, rows: Sequence[RowPlan], sampled: Tensor | None = None) -> Sampled:
         """Sample one token a row.
 
         Args:
             logits: `[R, V]` float32, raw; not modified.
             rows: The plan's sampled rows, in the order of `logits`.
+            sampled: `[R']` tokens that the step before has sampled, on the device; needed by rows with a `source`.
         """
         specs = [_spec(row) for row in rows]
         wanted = [spec.logprobs for spec in specs if spec.logprobs is not None]
         parameters, keys = self._parameters(rows, specs)
-        adjusted = self._adjust(logits, rows, specs)
+        adjusted = self._penalties.adjust(logits, rows, sampled)
         picked = pick(logits, adjusted, parameters, keys, normaliser=bool(wanted))
         if not wanted:
             return Sampled(packed=picked, top=0)
@@ -109,128 +109,15 @@ class Sampler:
             both = self._send(torch.from_numpy(packed))
         return both[: 4 * count].view(torch.float64).view(count, 4), both[4 * count :]
 
-    def _index(self, values: Sequence[int] | Array) -> Tensor:
-        return self._send(torch.as_tensor(np.asarray(values, dtype=np.int64)))
-
-    def _floats(self, values: Sequence[float] | Array) -> Tensor:
-        return self._send(torch.as_tensor(np.asarray(values, dtype=np.float32)))
-
     def _send(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _adjust(self, logits: Tensor, rows: Sequence[RowPlan], specs: Sequence[SamplingSpec]) -> Tensor:
-        """Apply everything that names single tokens; touches only those, through flat indices `row * V + token`."""
-        flat: Tensor | None = None
-
-        def target() -> Tensor:
-            nonlocal flat
-            if flat is None:
-                flat = logits.clone().view(-1)
-            return flat
-
-        penalties = _Penalties()
-        biased: list[int] = []
-        bias: list[float] = []
-        banned: list[int] = []
-        for index, (row, spec) in enumerate(zip(rows, specs, strict=True)):
-            base = index * self._vocab_size
-            if spec.repetition_penalty != 1.0 or spec.presence_penalty or spec.frequency_penalty:
-                seen = self._seen.setdefault(row.sequence_id, _SeenTokens(row.prompt_length))
-                seen.update(row.history)
-                penalties.add(base, *seen.counts(), spec)
-            # Ids past the model's vocabulary can never be sampled: there is nothing to bias or ban.
-            for token, value in spec.logit_bias.items():
-                if 0 <= token < self._vocab_size:
-                    biased.append(base + token)
-                    bias.append(value)
-            banned.extend(base + token for token in _banned(row, spec) if 0 <= token < self._vocab_size)
-        if penalties.where:
-            where = self._index(np.concatenate(penalties.where))
-            values = target().index_select(0, where)
-            factor = self._floats(np.concatenate(penalties.factor))
-            values = torch.where(values > 0, values / factor, values * factor)
-            target().index_copy_(0, where, values - self._floats(np.concatenate(penalties.subtract)))
-        if biased:
-            where = self._index(biased)
-            target().index_copy_(0, where, target().index_select(0, where) + self._floats(bias))
-        if banned:
-            target().index_fill_(0, self._index(banned), -math.inf)
-        return logits if flat is None else flat.view(logits.shape)
-
-
-@dataclasses.dataclass(slots=True)
-class _Penalties:
-    """Penalised tokens of all rows, an array a row: flat index, repetition factor, what is subtracted."""
-
-    where: list[Array] = dataclasses.field(default_factory=list)
-    factor: list[Array] = dataclasses.field(default_factory=list)
-    subtract: list[Array] = dataclasses.field(default_factory=list)
-
-    def add(self, base: int, tokens: Array, counts: Array, spec: SamplingSpec) -> None:
-        """Add a row whose logits begin at flat index `base`."""
-        self.where.append(tokens + base)
-        self.factor.append(np.full(len(tokens), spec.repetition_penalty))
-        self.subtract.append(spec.frequency_penalty * counts + spec.presence_penalty * (counts > 0))
-
-
-class _SeenTokens:
-    """Token counts of one sequence, brought up to date from its history.
-
-    Kept as arrays: a long prompt has thousands of distinct tokens, and every step of its sequence needs them all.
-    """
-
-    def __init__(self, prompt_length: int) -> None:
-        self._prompt_length = prompt_length
-        self._clear()
-
-    def _clear(self) -> None:
-        self._place: dict[int, int] = {}
-        self._tokens = np.zeros(64, dtype=np.int64)
-        self._counts = np.zeros(64, dtype=np.int64)
-        self._length = 0
-
-    def update(self, history: Sequence[int]) -> None:
-        """Count what is new in the history."""
-        if len(history) < self._length:  # Only a reused id could shrink: start over rather than be wrong.
-            self._clear()
-        for position in range(self._length, len(history)):
-            token = history[position]
-            place = self._place.get(token)
-            if place is None:
-                place = self._place[token] = len(self._place)
-                if place == len(self._tokens):
-                    self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
-                    self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
-                self._tokens[place] = token
-            self._counts[place] += position >= self._prompt_length
-        self._length = len(history)
-
-    def counts(self) -> tuple[Array, Array]:
-        """Tokens seen in prompt or output, each once, and their occurrences in the output; both `[n]` int64."""
-        used = len(self._place)
-        return self._tokens[:used], self._counts[:used]
-
 
 def _spec(row: RowPlan) -> SamplingSpec:
     assert row.sampling is not None, "a sampled row has its sampling"
     return row.sampling
-
-
-def _banned(row: RowPlan, spec: SamplingSpec) -> set[int]:
-    """Tokens that must not come next: end tokens before `min_tokens`, and those that would complete a bad word."""
-    banned: set[int] = set()
-    if row.position - row.prompt_length < spec.min_tokens:
-        banned.update(spec.stop_token_ids)
-        banned.update(spec.eos_token_ids if not spec.ignore_eos else ())
-    for word in filter(None, spec.bad_words):
-        prefix = word[:-1]
-        if not prefix or (
-            len(row.history) >= len(prefix) and list(row.history[len(row.history) - len(prefix) :]) == list(prefix)
-        ):
-            banned.add(word[-1])
-    return banned
 
 
 def _parameters(spec: SamplingSpec, vocab_size: int) -> tuple[float, float, float, float]:

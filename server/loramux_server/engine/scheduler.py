@@ -51,6 +51,7 @@ class Scheduler:
         self._steps = 0
         self._behind: dict[int, int] = {}
         self._prefill_budget = limits.max_batch_tokens
+        self._short_of_memory = False
         self._calm = 0
 
     def schedule(self, now: float, *, behind: StepPlan | None = None) -> StepPlan | None:
@@ -81,6 +82,8 @@ class Scheduler:
             entry = self._table.sequence(row.sequence_id)
             if entry is not None:
                 request, sequence = entry
+                # What goes on from the pending token counts on it being the only one that the host does not know.
+                assert not row.sample or row.position == len(sequence.tokens), "two tokens of a sequence are late"
                 sequence.in_flight = len(row.token_ids)
                 if row.sample and sequence.output_length + 1 < request.max_tokens:
                     sequence.pending = 1
@@ -90,11 +93,8 @@ class Scheduler:
         return marked
 
     def _must_wait(self) -> bool:
-        """Whether pages would have to be taken from somebody, or a token has to be known before the next is sampled."""
-        running = self._table.running
-        if sum(self._cost(request) for request in running) > self._kv.pool.available:
-            return True
-        return any(request.needs_history and any(s.pending for s in request.alive) for request in running)
+        """Whether pages would have to be taken from somebody."""
+        return sum(self._cost(request) for request in self._table.running) > self._kv.pool.available
 
     def _plan(self, now: float, behind: int) -> StepPlan | None:
         self._give_pages()
@@ -130,20 +130,23 @@ class Scheduler:
 
     def ran_out_of_memory(self, plan: StepPlan) -> None:
         """Plan smaller prefills for a while: the device had no room for this step."""
-        if self._prefill_budget == self._limits.max_batch_tokens:
+        if not self._short_of_memory:
             # Once a spell: while it lasts, every step may run out again.
+            self._short_of_memory = True
             logger.warning("out of memory in a step of %d rows, %d tokens", len(plan.rows), plan.num_tokens)
         prefill = sum(len(row.token_ids) for row in plan.rows if len(row.token_ids) > 1)
-        self._prefill_budget = max(1, min(self._prefill_budget, prefill or self._prefill_budget) // 2)
+        if prefill:
+            self._prefill_budget = max(1, min(self._prefill_budget, prefill) // 2)
         self._calm = 0
 
     def ran_well(self) -> None:
         """A whole step succeeded at the first attempt."""
-        if self._prefill_budget < self._limits.max_batch_tokens:
+        if self._short_of_memory:
             self._calm += 1
             if self._calm >= _CALM_STEPS:
                 self._calm = 0
                 self._prefill_budget = min(2 * self._prefill_budget, self._limits.max_batch_tokens)
+                self._short_of_memory = self._prefill_budget < self._limits.max_batch_tokens
 
     # --- pages of running requests ---------------------------------------------------------------------------------
 

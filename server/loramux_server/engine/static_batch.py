@@ -184,5 +184,6 @@ class StaticBatch:
 
 def _put(target: Array, values: Array, size: int, padding: int) -> None:
     """Write values to the front of a buffer and fill it up to `size`."""
+    assert len(values) <= size, f"{len(values)} entries of a batch in a graph that was captured with {size}"
     target[: len(values)] = values
     target[len(values) : size] = padding

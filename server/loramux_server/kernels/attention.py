@@ -16,13 +16,17 @@ therefore the same bits whatever shares the batch, and whether its prompt was pr
 recomputed. On CPU this is the only form. `batch_invariant` matters on CUDA only.
 """
 
-from torch import Tensor, bfloat16, float16, float32
+from torch import Tensor, bfloat16, dtype, float16, float32
 
 from loramux_server.kernels.attention_torch import paged_attention_torch
 from loramux_server.kernels.batch import ForwardBatch
 from loramux_server.kernels.capability import use_triton
 
-__all__ = ["paged_attention", "paged_attention_torch"]
+__all__ = ["paged_attention", "paged_attention_torch", "unsupported"]
+
+_MAX_HEAD_DIM = 256
+# Elements of the smallest tile of queries, which stays in shared memory: the query heads of one KV head.
+_MAX_TILE = 128 * 128
 
 
 def paged_attention(
@@ -58,12 +62,34 @@ def paged_attention(
     return paged_attention_torch(q, kv, batch, scale=scale, window=window, softcap=softcap)
 
 
+def unsupported(kind: dtype, *, heads: int, kv_heads: int, head_dim: int) -> str | None:
+    """Name what of a shape the Triton form cannot take, None if nothing.
+
+    Args:
+        kind: Dtype of queries and cache.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: Width of a head.
+    """
+    if kind not in (float32, bfloat16, float16):
+        return f"dtype {kind}"
+    if head_dim > _MAX_HEAD_DIM:
+        return f"head dimension {head_dim} is over {_MAX_HEAD_DIM}"
+    ratio = heads // kv_heads
+    if _power_of_two(ratio) * _power_of_two(head_dim) > _MAX_TILE:
+        return f"{ratio} query heads a KV head at head dimension {head_dim} are more than a tile holds"
+    return None
+
+
 def _unsupported(q: Tensor, kv: Tensor) -> str | None:
-    """Name what the Triton form cannot take, None if nothing."""
-    if q.dtype not in (float32, bfloat16, float16) or q.dtype != kv.dtype:
+    """What of a call the Triton form cannot take."""
+    if q.dtype != kv.dtype:
         return f"dtypes {q.dtype} and {kv.dtype}"
-    if q.shape[-1] > 256:
-        return f"head dimension {q.shape[-1]}"
     if q.stride(-1) != 1:
         return "head dimension is not contiguous"
-    return None
+    return unsupported(q.dtype, heads=q.shape[1], kv_heads=kv.shape[3], head_dim=q.shape[2])
+
+
+def _power_of_two(value: int) -> int:
+    """The power of two at or above a positive number."""
+    return 1 << (value - 1).bit_length()

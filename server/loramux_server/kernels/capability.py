@@ -2,6 +2,9 @@
 
 An operation takes its Triton form when its tensors live on CUDA, Triton can be imported and the shape is one that the
 kernel was written for. Everything else takes the torch form; a fallback on CUDA is logged once for each cause.
+
+The torch forms of `paged_attention` and `lora_add` read the batch on the host, so a CUDA graph cannot hold them; those
+of norm, rotary embedding and activation can be captured like any other launch.
 """
 
 import functools
@@ -40,19 +43,40 @@ def use_triton(tensor: torch.Tensor, operation: str, unsupported: str | None = N
     """
     if not tensor.is_cuda:
         return False
+    cause = _cause(unsupported)
+    if cause is not None:
+        _log_fallback(operation, cause)
+    return cause is None
+
+
+def capture_obstacle(device: torch.device, operation: str, unsupported: str | None) -> str | None:
+    """Say why a CUDA graph cannot hold an operation whose torch form reads the batch on the host.
+
+    Args:
+        device: Where the operation runs.
+        operation: Its name.
+        unsupported: Why its Triton form cannot take this model's shape, None if it can.
+
+    Returns:
+        A clause for the log; None if nothing is in the way, and on any device but CUDA.
+    """
+    if device.type != "cuda":
+        return None
+    cause = _cause(unsupported)
+    return None if cause is None else f"{operation} runs in torch and waits for the device ({cause})"
+
+
+def _cause(unsupported: str | None) -> str | None:
+    """Why a call on CUDA takes the torch form, None if it takes the Triton form."""
     if not triton_available():
-        _log_fallback(operation, "Triton is not available")
-        return False
-    if unsupported is not None:
-        _log_fallback(operation, unsupported)
-        return False
-    return True
+        return "there is no Triton, or the device has a compute capability under 8.0"
+    return unsupported
 
 
 @functools.cache
 def _log_fallback(operation: str, cause: str) -> None:
     """Log a fallback to torch once for each operation and cause."""
-    _log.warning("%s runs in torch: %s", operation, cause)
+    _log.warning("%s runs in its torch form, several times slower: %s", operation, cause)
 
 
 def row_multiple() -> int:

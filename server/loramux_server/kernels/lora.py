@@ -193,10 +193,28 @@ def _segments(batch: LoraBatch, device: torch.device) -> list[_Segment]:
     return segments
 
 
+def unsupported(kind: torch.dtype, group: LoraGroup) -> str | None:
+    """Name what of a group's shape the Triton form cannot take, None if nothing.
+
+    Args:
+        kind: Dtype of the group's input and output.
+        group: Slab of the group.
+    """
+    if kind not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {kind}"
+    if len({kind, group.a.dtype, group.b.dtype}) != 1:
+        return f"operands of dtypes {kind}, {group.a.dtype} and {group.b.dtype}"
+    if len(group.slice_ends) > MAX_SLICES:
+        return f"{len(group.slice_ends)} slices are more than {MAX_SLICES}"
+    if not (group.a.is_contiguous() and group.b.is_contiguous()):
+        return "the slab is not contiguous"
+    return None
+
+
 def _unsupported(x: Tensor, out: Tensor, group: LoraGroup) -> str | None:
     """Name what the Triton form cannot take, None if nothing."""
     if out.dtype != x.dtype:
-        return "operands of several dtypes"
+        return f"operands of dtypes {x.dtype} and {out.dtype}"
     if out.stride(-1) != 1:
         return "columns are not contiguous"
     return _unlike(x, group)
@@ -204,12 +222,4 @@ def _unsupported(x: Tensor, out: Tensor, group: LoraGroup) -> str | None:
 
 def _unlike(x: Tensor, group: LoraGroup) -> str | None:
     """What `_unsupported` can tell before there is an output, which has x's dtype and is contiguous."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype {x.dtype}"
-    if len({x.dtype, group.a.dtype, group.b.dtype}) != 1:
-        return "operands of several dtypes"
-    if len(group.slice_ends) > MAX_SLICES:
-        return f"{len(group.slice_ends)} slices"
-    if x.stride(-1) != 1 or not (group.a.is_contiguous() and group.b.is_contiguous()):
-        return "columns are not contiguous"
-    return None
+    return "columns are not contiguous" if x.stride(-1) != 1 else unsupported(x.dtype, group)

@@ -200,8 +200,9 @@ class AdapterTable:
             self._publish_residency(key)
 
     def note_unloaded(self, key: str) -> None:
-        """Take in that the engine answered an unload."""
-        if self._residency.pop(key, None) is not None:
+        """Take in that the engine answered an unload; what it keeps in host memory stays known."""
+        if self.residency(key).level == "gpu":
+            del self._residency[key]
             self._publish_residency(key)
 
     def residency(self, key: str) -> Residency:

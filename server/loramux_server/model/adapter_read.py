@@ -35,6 +35,8 @@ def read_rows(directory: Path, adapter: AdapterLayout, layout: RowsLayout, memor
     tensors, data_start = read_header(path)
     by_name = {tensor.name: tensor for tensor in tensors}
     with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), data_start, 0, os.POSIX_FADV_WILLNEED)
 
         def read(name: str, shape: tuple[int, int]) -> Tensor:
             info = by_name.get(name)

@@ -3,16 +3,18 @@
 M rows of x, K input width, N output width. Backends:
 
 - `dense`: W in the compute dtype. For NF4 bytes this is the *shadow*: their dequantized copy kept resident.
-- `bitsandbytes`: bitsandbytes' fused product of the NF4 bytes (CUDA).
+- `packed`: our own product of the NF4 bytes, which are kept in its order (CUDA, where `kernels.nf4` supports it).
+- `bitsandbytes`: bitsandbytes' fused product of the NF4 bytes in the order of the checkpoint (CUDA).
 - `dequantize`: the NF4 bytes expanded to the compute dtype in every call, then a dense product.
 
 All compute the same function of the same weights: `dense` on a shadow and `dequantize` give equal bits; `bitsandbytes`
-sums in another order.
+sums in another order; `packed` rounds the levels instead of level x maximum, and sums in another order.
 
 Batch invariance. On the CPU, a row's result depends on the row count: measured with MKL on AVX-512, one row takes the
 matrix-vector product, and rows are dealt to threads in pieces whose last 1 to 3 rows take another kernel. Padded to a
 multiple of `row_multiple()` rows, every row had the same bits for every M from 1 to 600, with 1 to 4 threads. On CUDA
-the library picks a kernel by M; there, blocks of a fixed number of rows are multiplied one by one.
+the library picks a kernel by M; there, blocks of a fixed number of rows are multiplied one by one, unless the product
+is `packed`, which has the same bits for every M if asked.
 """
 
 import dataclasses
@@ -27,11 +29,15 @@ from torch import Tensor
 
 from loramux_base import nf4
 from loramux_base.nf4 import Nf4Weight
+from loramux_server.kernels import nf4 as packing
 from loramux_server.kernels.capability import row_multiple
+from loramux_server.kernels.nf4 import PackedNf4, nf4_dequantize, nf4_linear
 
-Backend = Literal["dense", "bitsandbytes", "dequantize"]
+Backend = Literal["dense", "packed", "bitsandbytes", "dequantize"]
 
 _CUDA_INVARIANT_ROWS = 64
+# Beyond, reading W once for each 64 rows costs more than expanding it; measured on the shapes of a 7B.
+_MOST_PACKED = 256
 
 
 @functools.cache
@@ -64,8 +70,8 @@ class TuningRow:
 class TuningTable:
     """Backend of an NF4 product by (N, K, M): measured rows first, then a heuristic.
 
-    The heuristic on CUDA: bitsandbytes' fused product up to 64 rows, where reading 4-bit weights pays, then
-    dequantize + dense product. Elsewhere always dequantize.
+    The heuristic on CUDA: our product up to 256 rows or, where it cannot run, bitsandbytes' up to 64, where reading
+    4-bit weights pays; then dequantize + dense product. Elsewhere always dequantize.
     """
 
     def __init__(self, rows: Sequence[TuningRow] = ()) -> None:
@@ -78,7 +84,16 @@ class TuningTable:
         for row in sorted(rows, key=lambda row: row.max_m):
             self._rows.setdefault((row.n, row.k), []).append(row)
 
-    def choose(self, n: int, k: int, m: int, device: torch.device) -> Backend:
+    def packs(self, n: int, k: int) -> bool:
+        """Whether our product is to be had for a shape: the bytes are in one order, ours or the checkpoint's.
+
+        Args:
+            n: Output width.
+            k: Input width.
+        """
+        return all(row.backend != "bitsandbytes" for row in self._rows.get((n, k), ()))
+
+    def choose(self, n: int, k: int, m: int, device: torch.device, *, packed: bool = False) -> Backend:
         """Backend for a product.
 
         Args:
@@ -86,13 +101,21 @@ class TuningTable:
             k: Input width.
             m: Rows.
             device: Where it runs.
+            packed: Whether the bytes are in the order of our product.
         """
         for row in self._rows.get((n, k), ()):
-            if m <= row.max_m:
+            if m <= row.max_m and (row.backend == "dequantize" or (row.backend == "packed") == packed):
                 return row.backend
+        if packed:
+            return "packed" if m <= _MOST_PACKED else "dequantize"
         if device.type == "cuda" and m <= 64 and bitsandbytes_available():
             return "bitsandbytes"
         return "dequantize"
+
+
+def packable(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our product takes a weight `[N, K]` of this shape here."""
+    return packing.unsupported(device, dtype) is None and packing.shape_unsupported(shape) is None
 
 
 def dequantize(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
@@ -147,36 +170,43 @@ class Linear:
         self.bias = None if bias is None else bias.to(device=device, dtype=dtype)
         self._dense: Tensor | None = None
         self._nf4: Nf4Weight | None = None
+        self._packed: PackedNf4 | None = None
+        self._table = table or TuningTable()
         if isinstance(weight, Tensor):
             self._dense = weight.to(device=device, dtype=dtype).contiguous()
         elif shadow:
             self._dense = dequantize(weight.to(device), dtype)
+        elif self._table.packs(*weight.shape) and packable(weight.shape, dtype, device):
+            self._packed = packing.pack(weight.to(device))
         else:
             self._nf4 = weight.to(device)
         self._device = device
         self._batch_invariant = batch_invariant
-        self._table = table or TuningTable()
 
     @property
     def nbytes(self) -> int:
         """Resident bytes of weight and bias."""
         weight = self._dense.nbytes if self._dense is not None else 0
         codes = self._nf4.nbytes if self._nf4 is not None else 0
+        codes += self._packed.nbytes if self._packed is not None else 0
         return weight + codes + (0 if self.bias is None else self.bias.nbytes)
 
     def backend(self, rows: int) -> Backend:
         """Which backend a product of so many rows takes."""
         if self._dense is not None:
             return "dense"
+        packed = self._packed is not None
         if self._batch_invariant:
-            # by (N, K) only: the fused product's own choice of kernel depends on M
-            return "dequantize"
-        return self._table.choose(self.out_features, self.in_features, rows, self._device)
+            # by (N, K) only: the choice of a kernel by the libraries depends on M
+            return "packed" if packed else "dequantize"
+        return self._table.choose(self.out_features, self.in_features, rows, self._device, packed=packed)
 
     def dense_weight(self) -> Tensor:
         """`[N, K]` in the compute dtype; computed when only the NF4 bytes are resident."""
         if self._dense is not None:
             return self._dense
+        if self._packed is not None:
+            return nf4_dequantize(self._packed, self.dtype)
         assert self._nf4 is not None
         return dequantize(self._nf4, self.dtype)
 
@@ -189,7 +219,11 @@ class Linear:
         Returns:
             `[M, N]`.
         """
-        if self.backend(x.shape[0]) == "bitsandbytes":
+        backend = self.backend(x.shape[0])
+        if backend == "packed":
+            assert self._packed is not None
+            return nf4_linear(x, self._packed, self.bias, batch_invariant=self._batch_invariant)
+        if backend == "bitsandbytes":
             assert self._nf4 is not None
             result: Tensor = torch.ops.bitsandbytes.gemm_4bit(
                 x,

@@ -46,7 +46,7 @@ def load_model(
     table: TuningTable | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
-    """Load a base model.
+    """Load a base model; its details have the prefill chunk that was best on this card, if it was measured.
 
     Args:
         directory: Of the checkpoint.
@@ -62,7 +62,6 @@ def load_model(
     Raises:
         ModelLoadError: Unusable directory; the text names file and way out.
         UnsupportedModel: The config asks for what is not served.
-        TuningFileError: The card's table of measured choices cannot be read.
     """
     device = torch.device(device)
     checkpoint = Checkpoint(directory)
@@ -70,10 +69,13 @@ def load_model(
     source = CheckpointSource(checkpoint, weights=weights)
     dtype = dtype or (torch.float32 if weights == "fp32" else default_dtype(device))
     shadow = device.type == "cpu" if shadow is None else shadow
-    tuned = table is not None
+    chunk: int | None = None
     if table is None and device.type == "cuda" and weights == "nf4" and not shadow:
-        table = find_tuning(torch.cuda.get_device_name(device))
-        tuned = table is not None
+        found = find_tuning(torch.cuda.get_device_name(device), spec)
+        if found is not None:
+            # Batch-invariant products are others than those that the chunk was measured with.
+            table, chunk = found.table(), None if batch_invariant else found.chunk(spec)
+    tuned = table is not None
     model = assemble(
         spec,
         source,
@@ -96,6 +98,8 @@ def load_model(
         shadow=shadow and weights == "nf4",
         batch_invariant=batch_invariant,
     )
+    if chunk is not None:
+        model.details["tuned_prefill_chunk"] = chunk
     _log.info("loaded %s: %s", checkpoint.directory.name, model.details)
     return model
 

@@ -31,6 +31,9 @@ _GAUGES: Mapping[str, tuple[str, str, Callable[[Stats], float]]] = {
     "loramux.slab.rank_units.used": ("{unit}", "Rank units of resident adapters.", lambda s: s.rank_units_used),
     "loramux.slab.rank_units.limit": ("{unit}", "Rank units in all.", lambda s: s.rank_units_total),
     "loramux.slab.versions": ("{version}", "Adapter versions on the device.", lambda s: s.resident_versions),
+    "loramux.host_adapters.used": ("By", "Host memory that keeps adapters, used.", lambda s: s.host_bytes_used),
+    "loramux.host_adapters.limit": ("By", "Host memory that keeps adapters, in all.", lambda s: s.host_bytes_total),
+    "loramux.step.adapters": ("{adapter}", "Distinct adapters in the last step.", lambda s: s.distinct_adapters),
 }
 
 _COUNTERS: Mapping[str, tuple[str, str, Callable[[Stats], float]]] = {
@@ -38,6 +41,9 @@ _COUNTERS: Mapping[str, tuple[str, str, Callable[[Stats], float]]] = {
     "loramux.prefix_cache.hit.tokens": ("{token}", "Prompt tokens found.", lambda s: s.prefix_hit_tokens),
     "loramux.adapter.loads": ("{load}", "Adapter loads into the slab.", lambda s: s.adapter_loads),
     "loramux.adapter.evictions": ("{eviction}", "Adapters evicted from the slab.", lambda s: s.adapter_evictions),
+    "loramux.adapter.host.hits": ("{load}", "Loads that found the adapter on the host.", lambda s: s.host_hits),
+    "loramux.adapter.host.misses": ("{load}", "Loads that waited for the adapter store.", lambda s: s.host_misses),
+    "loramux.adapter.prefetches": ("{read}", "Adapters read before a load asked.", lambda s: s.host_prefetches),
     "loramux.preemptions": ("{preemption}", "Sequences preempted for pages.", lambda s: s.preemptions),
     "loramux.engine.steps": ("{step}", "Engine steps.", lambda s: s.steps),
     "loramux.engine.prefill.tokens": ("{token}", "Prompt tokens computed.", lambda s: s.prefill_tokens),

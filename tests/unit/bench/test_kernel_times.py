@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import GROUPS, Bench
-from kernel_results import BF16_FLOPS_PER_S, MEMORY_BYTES_PER_S, Work, layer_sums, result, table
+from kernel_results import CARDS, H100, Work, card_of, layer_sums, result, table
 from kernel_sizes import SEVEN_B, Sizes
 from kernel_timer import Call, ClockTimer
 from kernel_times import main, measure, print_results, save
@@ -46,9 +46,17 @@ class CountingTimer:
 
 class TestWork:
     def test_the_floor_is_the_slower_of_both_ways(self) -> None:
-        assert Work(moved=int(MEMORY_BYTES_PER_S)).floor == pytest.approx(1.0)
-        assert Work(moved=1, flops=int(2 * BF16_FLOPS_PER_S)).floor == pytest.approx(2.0)
-        assert (Work(moved=1).bound, Work(moved=1, flops=10**6).bound) == ("memory", "flops")
+        assert Work(moved=int(H100.bytes_per_s)).floor(H100) == pytest.approx(1.0)
+        assert Work(moved=1, flops=int(2 * H100.flops_per_s)).floor(H100) == pytest.approx(2.0)
+        assert (Work(moved=1).bound(H100), Work(moved=1, flops=10**6).bound(H100)) == ("memory", "flops")
+
+    def test_the_floor_is_the_cards_own(self) -> None:
+        cards = [card_of(name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA L4")]
+        assert [card.name for card in cards] == ["H200", "H100", "H100"] and len(CARDS) == 2
+        assert str(cards[0]) == "H200: 4.8 TB/s, 989 TFLOP/s"
+        of = {"group": "lora", "case": "c", "rows": 1, "work": Work(moved=48 * 10**9), "seconds": 0.02, "graph": True}
+        assert result(**of, card=cards[0]).floor_us == pytest.approx(10_000)
+        assert result(**of).floor_us == pytest.approx(14_328, abs=1)
 
     def test_bytes_of_a_known_product(self) -> None:
         bench = Bench(sizes=SEVEN_B, device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -85,7 +93,7 @@ class TestMeasure:
 
 class TestTables:
     def test_a_cell_has_the_time_and_its_multiple_of_the_floor(self) -> None:
-        work = Work(moved=int(MEMORY_BYTES_PER_S * 1e-5))
+        work = Work(moved=int(H100.bytes_per_s * 1e-5))
         results = [
             result(group="lora", case="qkv both", rows=8, work=work, seconds=3e-5, graph=True),
             result(group="lora", case="o both", rows=1, work=work, seconds=2e-4, graph=False),
@@ -114,6 +122,21 @@ class TestTables:
 
 
 class TestCommand:
+    def test_what_was_written_is_printed_and_drawn_without_a_card(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        results = measure(tiny(), ["linear", "small"], CountingTimer())
+        save(results, {"device": "card"}, json_path=tmp_path / "k.json", plot_path=None)
+        print_results(results, "card")
+        printed = capsys.readouterr().out
+        assert main(["--from", str(tmp_path / "k.json"), "--plot", str(tmp_path / "k.png")]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(printed)
+        assert (tmp_path / "k.png").is_file() or "no plot: plots need matplotlib" in out
+        assert main(["--from", str(tmp_path / "k.json"), "--only", "small"]) == 0
+        assert "**linear**" not in capsys.readouterr().out
+
     def test_an_unknown_group_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(["--only", "lora,magic"])

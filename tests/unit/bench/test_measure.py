@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from measure import StreamTimes, line, percentile, summarize, summarize_closed, table
-from plot import decode_series, selected, step_parts
+from measure import StreamTimes, line, parts_table, percentile, summarize, summarize_closed, table
+from plot import decode_series, parse_reference, selected, series_labels, step_parts
 from report import Report, versions_differ
 
 
@@ -76,11 +76,43 @@ class TestSeries:
 
     def test_one_sampling_ahead_and_bursts_are_drawn(self) -> None:
         series = decode_series(selected(self.rows()))
-        assert series == {"base": [(1, 10.0), (4, 40.0)], "8 adapters": [(1, 8.0)]}
+        labels = series_labels(list(series))
+        named = {labels[key]: points for key, points in series.items()}
+        assert named == {"base": [(1, 10.0), (4, 40.0)], "8 adapters": [(1, 8.0)]}
+
+    def test_a_label_names_only_what_differs(self) -> None:
+        keys = [("engine", "nf4", "base"), ("engine", "nf4+shadow", "1")]
+        assert list(series_labels(keys).values()) == ["nf4, base", "nf4+shadow, 1 adapter"]
 
     def test_parts_are_of_the_largest_concurrency_or_of_a_profile(self) -> None:
         rows = self.rows()
         [(label, parts)] = step_parts(selected(rows), []).items()
         assert label.startswith("4 rows") and parts == {"forward": 1.0}
-        profile = {"rows": 64, "adapters": 0, "weights": "nf4", "parts": {"LoRA": 2.0}}
-        assert list(step_parts(rows, [profile]).values()) == [{"LoRA": 2.0}]
+        profile = {"rows": 64, "adapters": 0, "weights": "nf4", "parts": {"LoRA": 2.0}, "gap_ms": 0.5}
+        assert step_parts(rows, [profile]) == {"64 rows, base\nnf4": {"LoRA": 2.0, "gaps": 0.5}}
+
+    def test_a_reference_is_a_line_of_its_own(self) -> None:
+        assert parse_reference("vLLM 0.22=64:2125,1:135") == ("vLLM 0.22", [(1, 135.0), (64, 2125.0)])
+
+    @pytest.mark.parametrize("text", ["", "vLLM", "=1:2", "vLLM=1", "vLLM=1:fast", "vLLM=0:5", "vLLM=1:nan", "v=1:-2"])
+    def test_a_reference_that_is_none_is_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match="LABEL=STREAMS:TOKENS_PER_S"):
+            parse_reference(text)
+
+
+class TestPartsTable:
+    def test_rows_with_parts_are_shown_in_one_set_of_columns(self) -> None:
+        from measure import Row
+
+        rows = [
+            Row(**row(adapters="base", parts={"forward": 1.5})),
+            Row(**row(adapters="8", parts={"wait": 0.25})),
+            Row(**row(adapters="32")),
+        ]
+        head, _, *lines = parts_table(rows).splitlines()
+        assert head.endswith("| n | forward ms | wait ms |")
+        assert [text.split(" | ")[-5:] for text in lines] == [
+            ["greedy", "base", "1", "1.50", "0.00 |"],
+            ["greedy", "8", "1", "0.00", "0.25 |"],
+        ]
+        assert parts_table(rows[2:]) == ""

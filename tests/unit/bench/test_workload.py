@@ -5,7 +5,6 @@ import pytest
 import torch
 from adapter_times import drop_page_cache
 from drive import parts_between, random_prompts
-from profile_step import STEPS, by_part
 from random_model import SHAPES
 from settings import Settings, make_parser
 from workload import Adapters, parse_adapters, slots_needed, write_adapters
@@ -97,8 +96,3 @@ def test_the_page_cache_of_a_directory_is_counted(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "full").write_bytes(bytes(100_000))
     assert 0.0 <= drop_page_cache(tmp_path) <= 1.0
-
-
-def test_kernels_are_sorted_into_parts() -> None:
-    kernels = {"_shrink": (56, 1000.0 * STEPS), "nvjet_tst": (1, 500.0 * STEPS), "unheard_of": (1, 250.0 * STEPS)}
-    assert by_part(kernels) == {"LoRA": 1.0, "dense product": 0.5, "other": 0.25}

@@ -506,6 +506,61 @@ class TestReading:
         driver.assert_at_rest()
 
 
+class TestPrefetch:
+    """What is queued moves towards the device before its turn."""
+
+    def test_a_queued_request_hints_its_version(self) -> None:
+        driver = make_driver(rank_units=1, max_slots=1, host_size=1)
+        driver.put("v", "w", "x")
+        driver.alias("a", ("x", 1.0))
+        driver.add("r", [1], version="v", max_tokens=9)
+        driver.step(2)
+        assert driver.runner.slab.hinted == ["/v"]
+        driver.add("s", [1], version="w")
+        driver.add("t", [1], alias="a")
+        driver.add("base", [1])
+        assert driver.runner.slab.hinted == ["/v", "/w", "/x"] and driver.runner.slab.started == ["/v"]
+        driver.step()
+        assert {(state.version, state.residency) for state in driver.states} >= {("w", "host"), ("x", "host")}
+        finish(driver)
+        assert driver.engine.stats().host_prefetches == 3
+
+    def test_a_refused_request_hints_nothing(self) -> None:
+        driver = make_driver()
+        driver.put("v")
+        driver.add("r", [1] * 1000, version="v")
+        driver.add("s", [1], version="unknown")
+        driver.add("t", [1], alias="unknown")
+        driver.run()
+        assert driver.runner.slab.hinted == []
+
+    def test_a_load_that_fails_fails_its_requests_only(self) -> None:
+        driver = make_driver(rank_units=1, max_slots=1, delay=2, host_size=1)
+        driver.put("v", "w")
+        driver.runner.slab.failing["/v"] = OSError(5, "gone")
+        bad = [driver.add(f"v{index}", [index], version="v") for index in range(3)]
+        driver.add("w", [1], version="w")
+        driver.add("base", [1])
+        driver.run()
+        driver.judge()
+        assert {reason(transcript) for transcript in bad} == {"STORE_UNAVAILABLE"}
+        assert {name for name, t in driver.requests.items() if t.done and t.done.status == "finished"} == {"w", "base"}
+        driver.assert_at_rest()
+
+
+def test_the_adapters_of_the_last_step_are_counted() -> None:
+    driver = make_driver()
+    driver.put("v", "w")
+    for index, version in enumerate(("v", "v", "w", None)):
+        driver.add(f"r{index}", [index], version=version, max_tokens=6)
+    driver.step(3)
+    assert driver.engine.stats().distinct_adapters == 2
+    finish(driver)
+    driver.add("base", [1])
+    finish(driver)
+    assert driver.engine.stats().distinct_adapters == 0
+
+
 def test_a_ping_is_answered_without_work() -> None:
     driver = make_driver()
     driver.engine.handle([Ping()])

@@ -1,6 +1,7 @@
 """The engine over a real tiny model: batched, chunked, forked, preempted and evicted output equals the solo run."""
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from loramux_server.engine.messages import Add, Done, PutVersion, SamplingSpec, 
 from loramux_server.engine.runner import build_runner
 from loramux_server.kernels.batch import ForwardBatch
 from loramux_server.model.causal_lm import CausalLM
+from loramux_server.model.serving_blob import BLOB_NAME
 from loramux_server.model.slab import LoraSlab
 from tests.support.tiny_models import make_adapter, make_checkpoint
 
@@ -87,16 +89,15 @@ def make_requests() -> list[Add]:
                 seed=number,
                 temperature=rng.choice([0.0, 1.0]),
                 presence_penalty=rng.choice([0.0, 0.5]),
+                frequency_penalty=rng.choice([0.0, 0.3]),
+                repetition_penalty=rng.choice([1.0, 1.2]),
+                bad_words=[[5, 5], [rng.randrange(500), rng.randrange(500)]],
             ),
             version=rng.choice([None, "v0", "v1", "v2"]),
             fairness_key=f"k{number % 3}",
         )
         for number in range(24)
     ]
-
-
-def replace_sampling(request: Add, **fields: object) -> Add:
-    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, **fields))
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -115,8 +116,30 @@ def test_a_crowded_engine_gives_what_each_request_gets_alone(directory: Path, ah
     assert crowded == alone
 
 
+def test_adapters_that_come_from_host_and_blobs_give_the_same_tokens(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "model")
+    requests = [request for request in make_requests() if request.version is not None][:8]
+    engine, close = make_engine(directory, kv_pages=100, host_adapter_bytes=0)
+    expected, _, stats = run(engine, requests)
+    close()
+    assert stats.host_bytes_total == 0 and stats.host_misses == stats.adapter_loads == 3
+    settings = {"kv_pages": 60, "rank_units": 2, "max_slots": 1, "serving_blobs": True}
+    # Room for all, for one, for none.
+    for host_bytes in (1 << 22, 200_000, 1000):
+        engine, close = make_engine(tmp_path / "model", host_adapter_bytes=host_bytes, **settings)
+        assert run(engine, requests)[0] == expected
+        again = [msgspec.structs.replace(request, request_id=f"{request.request_id}+") for request in requests]
+        output, _, stats = run(engine, again)
+        close()
+        assert output == {(f"{name}+", index): tokens for (name, index), tokens in expected.items()}
+        assert stats.host_hits + stats.host_misses == stats.adapter_loads > 3
+        assert stats.host_bytes_used <= host_bytes and (stats.host_hits > 0) == (host_bytes > 1000)
+    assert all((tmp_path / "model" / f"v{number}" / BLOB_NAME).exists() for number in range(3))
+    assert not any((directory / f"v{number}" / BLOB_NAME).exists() for number in range(3)), "not asked for"
+
+
 def test_steps_that_run_out_of_memory_leave_no_trace(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [replace_sampling(request, presence_penalty=0.0) for request in make_requests()]
+    requests = make_requests()
     engine, close = make_engine(directory, kv_pages=100, rank_units=3, max_slots=3, schedule_ahead=True)
     rng = random.Random(3)
     failures = 0

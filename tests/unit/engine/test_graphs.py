@@ -1,5 +1,8 @@
 """Replayed forward passes over static batches give what eager ones give; graphs are stood in for by eager launches."""
 
+import contextlib
+import dataclasses
+import logging
 import random
 from pathlib import Path
 
@@ -10,12 +13,14 @@ from torch import Tensor
 
 from loramux_base.adapter import base_shapes
 from loramux_base.checkpoint import read_json
+from loramux_server.engine import graphs
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.graphs import ForwardGraphs
 from loramux_server.engine.memory import allocate_kv
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.staging import BatchStaging
-from loramux_server.engine.static_batch import StaticBatch
+from loramux_server.engine.static_batch import BatchShape, StaticBatch
+from loramux_server.kernels import attention, lora
 from loramux_server.model.causal_lm import CausalLM
 from loramux_server.model.load import load_model
 from loramux_server.model.slab import LoraSlab
@@ -152,6 +157,26 @@ def test_a_step_takes_the_smallest_rung_that_holds_it(twins: Twins) -> None:
             assert shape.tokens == min(rung for rung in (1, 2, 4, 6) if rung >= plan.num_tokens)
 
 
+@pytest.mark.parametrize("short", ["tokens", "sequences", "segments"])
+def test_a_replay_never_holds_more_than_was_captured(short: str) -> None:
+    plans = (make_plan(random.Random(seed), 9, decode=False) for seed in range(100))
+    plan = next(plan for plan in plans if len(plan.rows) > 3 and len({row.slot for row in plan.rows}) > 2)
+    room = {"tokens": plan.num_tokens, "sequences": len(plan.rows), "segments": len({row.slot for row in plan.rows})}
+    for missing in (0, 1):
+        held = {**room, short: room[short] - missing}
+        static = StaticBatch(
+            device=CPU,
+            max_tokens=TOKENS,
+            max_sequences=held["sequences"],
+            max_pages=LENGTH // PAGE,
+            max_segments=held["segments"],
+            page_size=PAGE,
+        )
+        shape = BatchShape(tokens=held["tokens"], decode=False, lora=True, max_kv_length=LENGTH)
+        with pytest.raises(AssertionError, match="captured") if missing else contextlib.nullcontext():
+            static.fill(plan, shape)
+
+
 @pytest.mark.parametrize(("max_batch_tokens", "ahead"), [(64, False), (64, True), (6, False), (6, True)])
 def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
     files: tuple[Path, list[Path]], max_batch_tokens: int, ahead: bool
@@ -186,3 +211,50 @@ def test_an_engine_with_graphs_gives_the_tokens_of_one_without(
         engine.close()
     assert outputs[0] == outputs[1]
     assert all(outputs[0])
+
+
+@pytest.mark.parametrize("lacking", ["attention", "lora"])
+def test_steps_of_a_shape_without_a_kernel_stay_eager(
+    files: tuple[Path, list[Path]], lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapters = files
+    config = EngineConfig(
+        model=str(base),
+        weights="fp32",
+        device="cpu",
+        threads=1,
+        self_test=False,
+        batch_invariant=True,
+        kv_pages=60,
+        page_size=PAGE,
+        max_model_len=60,
+        max_running=8,
+        max_batch_tokens=64,
+    )
+    jobs = random_jobs(8, adapters=len(adapters), vocab=96, seed=6, longest=20)
+    jobs += [dataclasses.replace(job, adapter=None) for job in jobs]
+    everything = RealEngine(config, adapters, record=record_eagerly)
+    expected = everything.run(jobs)
+    everything.close()
+    # As on a card: there the torch form would be taken while a graph is captured.
+    monkeypatch.setattr(graphs, "capture_obstacle", lambda _, name, cause: cause and f"{name}: {cause}")
+    if lacking == "attention":
+        monkeypatch.setattr(attention, "_MAX_HEAD_DIM", 8)
+    else:
+        monkeypatch.setattr(lora, "MAX_SLICES", 2)
+    with caplog.at_level(logging.WARNING, graphs.__name__):
+        engine = RealEngine(config, adapters, record=record_eagerly)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == graphs.__name__]
+    if lacking == "attention":
+        assert "of any step" in line and "paged_attention: head dimension 16 is over 8" in line
+        assert engine.runner.num_graphs == 0
+    else:
+        assert "of steps with adapters" in line and "lora_add: 3 slices are more than 2" in line
+        assert engine.runner.num_graphs == everything.runner.num_graphs / 2
+    assert engine.run(jobs) == expected
+    steps = engine.engine.stats().steps
+    replays = engine.runner.replays
+    assert replays == 0 if lacking == "attention" else 0 < replays < steps
+    assert engine.run([job for job in jobs if job.adapter is None])
+    assert (engine.runner.replays > replays) == (lacking == "lora")
+    engine.close()

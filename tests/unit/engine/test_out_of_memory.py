@@ -71,12 +71,47 @@ def times(count: int, rule: Rule) -> Rule:
     return lambda point, plan: rule(point, plan) and next(left, False)
 
 
-@pytest.mark.parametrize(("point", "count"), [*((point, 1) for point in POINTS), ("logits", 6)])
+@pytest.mark.parametrize(("point", "count"), [*((point, 1) for point in POINTS if point != "copies"), ("logits", 6)])
 def test_in_a_prefill(real: RealEngine, expected: list[Outcome], point: str, count: int) -> None:
     if point == "replay" and not real.runner.num_graphs:
         point = "forward"
     outcomes, faults = run(real, times(count, lambda where, plan: where == point and bool(prefills(plan))))
     assert outcomes == expected and len(faults.hits) == count
+
+
+@pytest.mark.parametrize("point", ["copies", "forward", "sample"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_in_a_step_that_copies_pages(real: RealEngine, expected: list[Outcome], point: str, count: int) -> None:
+    if real.runner.num_graphs and point == "forward":
+        point = "replay"
+    jobs = [job for job in JOBS if dict(job.fields).get("n") == 2]
+    alone = [outcome for job, outcome in zip(JOBS, expected, strict=True) if job in jobs]
+    outcomes, faults = run(real, times(count, lambda where, plan: where == point and bool(plan.copies)), jobs)
+    assert outcomes == alone and len(faults.hits) == count
+
+
+@pytest.mark.parametrize("point", ["sample", "to host"])
+def test_of_the_results_of_more_than_one_row(real: RealEngine, expected: list[Outcome], point: str) -> None:
+    outcomes, faults = run(real, lambda where, plan: where == point and len(plan.rows) > 1)
+    assert outcomes == expected
+    assert sum(sum(row.sample for row in plan.rows) > 1 for _, plan in faults.hits) > 2
+
+
+@pytest.mark.parametrize("point", ["sample", "to host"])
+def test_of_one_result_alone_fails_its_request_only(real: RealEngine, expected: list[Outcome], point: str) -> None:
+    victim = next(index for index, job in enumerate(JOBS) if "n" not in dict(job.fields))
+    start = list(JOBS[victim].prompt)
+
+    def hits(where: str, plan: StepPlan) -> bool:
+        return where == point and any(
+            row.sample and row.position >= len(start) + 2 and list(row.history[: len(start)]) == start
+            for row in plan.rows
+        )
+
+    outcomes, _ = run(real, hits)
+    assert outcomes[victim].status == "OUT_OF_MEMORY"
+    assert outcomes[victim].tokens[0] == expected[victim].tokens[0][:2]
+    assert [*outcomes[:victim], *outcomes[victim + 1 :]] == [*expected[:victim], *expected[victim + 1 :]]
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -139,13 +174,22 @@ def test_of_everything_fails_everything_and_the_engine_goes_on(real: RealEngine,
     assert serve(real, real.requests(JOBS)) == expected
 
 
-def test_other_failures_end_the_engine(real: RealEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`",
+        "CUDA error: unspecified launch failure",
+    ],
+)
+def test_other_failures_end_the_engine(real: RealEngine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     def broken(plan: StepPlan) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(real.runner, "_launch", broken)
     plan = StepPlan(step=10**6, rows=[])
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(RuntimeError, match=text[:30]):
         real.runner.launch(plan)
 
 
@@ -155,6 +199,7 @@ def test_other_failures_end_the_engine(real: RealEngine, monkeypatch: pytest.Mon
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
         MemoryError(),

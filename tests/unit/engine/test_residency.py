@@ -1,5 +1,5 @@
 from loramux_server.engine.adapter_version import Room
-from loramux_server.engine.messages import Completed, Event, VersionState
+from loramux_server.engine.messages import Completed, Event, VersionSpec, VersionState
 from loramux_server.engine.residency import AdapterResidency
 from tests.support.engine_driver import version
 from tests.support.fake_runner import FakeSlab
@@ -10,9 +10,11 @@ NOW = 0.0
 class Slab:
     """A residency over a fake slab; versions are `a`, `b`, ... of one rank unit unless told."""
 
-    def __init__(self, *, rank_units: int = 4, max_slots: int = 8, units: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, *, rank_units: int = 4, max_slots: int = 8, units: dict[str, int] | None = None, host_size: int = 0
+    ) -> None:
         sizes = {f"/{name}": size for name, size in (units or {}).items()}
-        self.fake = FakeSlab(rank_units=rank_units, max_slots=max_slots, units=sizes)
+        self.fake = FakeSlab(rank_units=rank_units, max_slots=max_slots, units=sizes, host_size=host_size)
         self.events: list[Event] = []
         self.forgotten: list[str] = []
         self.residency = AdapterResidency(self.fake, emit=self.events.append, on_forget=self.forgotten.append)
@@ -162,3 +164,80 @@ def test_operations_are_answered_once() -> None:
     answered = [event.operation_id for event in slab.events if isinstance(event, Completed)]
     assert answered == ["p1", "p2", "u1", "u2", "u3"]
     assert slab.resident() == set()
+
+
+class TestHost:
+    """Host memory between store and slab."""
+
+    def levels(self, slab: Slab) -> list[tuple[str, str]]:
+        slab.residency.check_integrity(references={}, uses={})
+        told = [(event.version, event.residency) for event in slab.events if isinstance(event, VersionState)]
+        slab.events.clear()
+        return told
+
+    def test_the_nearest_place_is_told(self) -> None:
+        slab = Slab(rank_units=1, host_size=1)
+        slab.residency.expect("a")
+        assert self.levels(slab) == []
+        slab.residency.poll(NOW)
+        assert self.levels(slab) == [("a", "host")]
+        slab.load("a")
+        assert self.levels(slab) == [("a", "gpu")]
+        slab.fake.lose("/a")
+        slab.residency.poll(NOW)
+        assert self.levels(slab) == [], "it is nearer than that"
+        slab.load("b")
+        assert self.levels(slab) == [("a", "store"), ("b", "gpu")]
+        slab.residency.unload("u", "b")
+        slab.residency.poll(NOW)
+        assert self.levels(slab) == [("b", "host")]
+        slab.fake.lose("/b")
+        slab.residency.poll(NOW)
+        assert self.levels(slab) == [("b", "store")]
+
+    def test_a_failed_copy_leaves_the_rows_on_the_host(self) -> None:
+        slab = Slab(host_size=1)
+        slab.fake.failing["/a"] = RuntimeError("the device failed")
+        assert slab.residency.want("a") is Room.LOADING
+        assert [version for version, _ in slab.residency.poll(NOW)] == ["a"]
+        assert self.levels(slab) == [("a", "host")]
+
+    def test_what_finds_no_room_is_read_meanwhile(self) -> None:
+        slab = Slab(rank_units=1)
+        slab.load("a")
+        slab.residency.acquire("a")
+        assert slab.residency.want("b") is Room.NONE
+        assert slab.fake.hinted == ["/b"]
+        assert slab.residency.want("a") is Room.READY
+        slab.residency.expect("a")
+        assert slab.fake.hinted == ["/b"], "what is in the slab needs no hint"
+
+    def test_a_dropped_version_is_forgotten_with_its_last_reference(self) -> None:
+        slab = Slab(host_size=1)
+        slab.load("a")
+        slab.residency.bind("a")
+        slab.residency.drop("a")
+        assert slab.fake.forgotten == []
+        slab.residency.unbind("a")
+        assert slab.fake.forgotten == ["/a"] and slab.fake.host == set()
+
+    def test_versions_of_one_directory_share_what_is_kept(self) -> None:
+        slab = Slab(host_size=1)
+        for name in ("x", "y"):
+            slab.residency.put(VersionSpec(version=name, digest="d", path="/shared"))
+        slab.residency.expect("x")
+        slab.residency.poll(NOW)
+        assert sorted(self.levels(slab)) == [("x", "host"), ("y", "host")]
+        slab.residency.drop("x")
+        assert slab.fake.forgotten == [] and slab.fake.host == {"/shared"}
+        slab.residency.drop("y")
+        assert slab.fake.forgotten == ["/shared"]
+
+    def test_a_path_that_a_version_left_is_forgotten(self) -> None:
+        slab = Slab(host_size=1)
+        slab.residency.put(version("a"))
+        assert slab.fake.forgotten == [], "the same one again"
+        slab.residency.put(VersionSpec(version="a", digest="d", path="/moved"))
+        assert slab.fake.forgotten == ["/a"]
+        slab.load("a")
+        slab.residency.check_integrity(references={}, uses={})

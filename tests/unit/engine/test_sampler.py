@@ -6,37 +6,10 @@ import pytest
 import torch
 
 from loramux_server.engine.messages import SamplingSpec
-from loramux_server.engine.plan import RowPlan
 from loramux_server.engine.sampler import Sampler, unpack_logprobs
+from tests.support.penalty_cases import make_row, make_spec
 
 VOCAB = 50
-
-
-def make_row(
-    spec: SamplingSpec,
-    *,
-    position: int | None = None,
-    choice: int = 0,
-    history: tuple[int, ...] = (1, 2, 3),
-    prompt: int = 3,
-) -> RowPlan:
-    return RowPlan(
-        sequence_id=0,
-        token_ids=[0],
-        start=0,
-        pages=[1],
-        slot=-1,
-        sample=True,
-        sampling=spec,
-        choice=choice,
-        position=len(history) if position is None else position,
-        history=history,
-        prompt_length=prompt,
-    )
-
-
-def make_spec(**fields: object) -> SamplingSpec:
-    return SamplingSpec(**{"max_tokens": 16, "temperature": 0.0, **fields})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -122,27 +95,6 @@ def test_greedy_rows_are_untouched_by_sampled_neighbours(sampler: Sampler) -> No
     assert torch.equal(tokens[::2].long(), logits.argmax(-1)[::2])
 
 
-def test_penalties_bias_and_bans_match_their_definitions(sampler: Sampler, logits: torch.Tensor) -> None:
-    history = (4, 4, 9, 9, 9, 12)  # prompt 4 4, output 9 9 9 12
-    spec = make_spec(
-        repetition_penalty=1.5,
-        presence_penalty=0.3,
-        frequency_penalty=0.2,
-        logit_bias={20: 100.0, 21: -5.0},
-        bad_words=[[9, 12, 20], [33]],
-    )
-    row = make_row(spec, history=history, prompt=2)
-    raw = logits.clone()
-    adjusted = sampler._adjust(logits, [row], [spec])[0]
-    expected = logits[0].clone()
-    for token, count in {4: 0, 9: 3, 12: 1}.items():
-        value = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
-        expected[token] = value - 0.2 * count - (0.3 if count else 0.0)
-    expected[20], expected[21], expected[33] = -math.inf, expected[21] - 5.0, -math.inf
-    torch.testing.assert_close(adjusted, expected)
-    assert torch.equal(logits, raw), "raw logits stay raw"
-
-
 def test_min_tokens_masks_end_and_stop_tokens(sampler: Sampler, logits: torch.Tensor) -> None:
     best = int(logits.argmax())
     spec = make_spec(eos_token_ids=[best], min_tokens=2)
@@ -179,14 +131,6 @@ def test_logprobs_are_of_the_raw_logits(sampler: Sampler, logits: torch.Tensor) 
     assert [token for token, _ in with_top.top] == best.indices.tolist()
     assert [value for _, value in with_top.top] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert chosen_only.top == [] and chosen_only.logprob == pytest.approx(float(expected.max()), abs=1e-5)
-
-
-def test_released_sequences_start_their_counts_again(sampler: Sampler, logits: torch.Tensor) -> None:
-    spec = make_spec(presence_penalty=1.0)
-    sampler.sample(logits, [make_row(spec, history=(1, 2, 3, 40))])
-    sampler.release(0)
-    adjusted = sampler._adjust(logits, [make_row(spec, history=(1, 2, 3))], [spec])
-    torch.testing.assert_close(adjusted, logits)
 
 
 def test_everything_banned_still_gives_a_token_of_the_vocabulary(sampler: Sampler, logits: torch.Tensor) -> None:
@@ -248,20 +192,6 @@ def test_seeds_use_all_64_bits_and_choices_differ(sampler: Sampler) -> None:
     ]
     tokens = sampler.sample(flat.expand(len(rows), -1), rows).packed[:, 0].view(len(seeds) * 3, 12)
     assert len({tuple(row) for row in tokens.tolist()}) == len(seeds) * 3
-
-
-def test_counts_follow_a_growing_history(sampler: Sampler) -> None:
-    generator = torch.Generator().manual_seed(2)
-    history = torch.randint(0, VOCAB, (300,), generator=generator).tolist()
-    spec = make_spec(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.1)
-    flat = torch.ones(1, VOCAB)
-    for length in (1, 40, 41, 200, 300):
-        adjusted = sampler._adjust(flat, [make_row(spec, history=tuple(history[:length]), prompt=40)], [spec])[0]
-        output = history[40:length]
-        for token in range(VOCAB):
-            wanted = 1 / 1.2 if token in history[:length] else 1.0
-            wanted -= 0.1 * output.count(token) + 0.4 * (token in output)
-            assert float(adjusted[token]) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [9, 30, 49])

@@ -1,5 +1,7 @@
 """Steps launched before the results of the one before them are in."""
 
+import dataclasses
+
 import pytest
 
 from loramux_server.engine.faults import Faults, FaultyRunner
@@ -97,21 +99,36 @@ def test_a_newcomer_joins_behind_a_launched_step() -> None:
     finish(driver)
 
 
-def test_penalties_wait_for_the_token() -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -0.5},
+        {"repetition_penalty": 1.1},
+        {"bad_words": [[1], [1, 2], [1, 2, 3]]},
+        {"min_tokens": 3, "eos_token_ids": [7], "logit_bias": {7: 2.0}},
+    ],
+)
+def test_penalties_and_bans_wait_for_no_token(fields: dict[str, object]) -> None:
     driver = ahead()
-    waiting: dict[str, object] = {
-        "presence_penalty": 0.5,
-        "frequency_penalty": -0.5,
-        "repetition_penalty": 1.1,
-        "bad_words": [[1], [1, 2]],
-    }
-    for name, value in waiting.items():
-        driver.add(name, [1, 2, 3], max_tokens=5, **{name: value})
-        finish(driver)
-        assert late_rows(driver) == 0, name
-    driver.add("t", [1, 2, 3], max_tokens=5, bad_words=[[1]], min_tokens=2, eos_token_ids=[7])
+    driver.add("r", [1, 2, 3], max_tokens=5, **fields)
+    driver.add("other", [4, 5], max_tokens=5)
     finish(driver)
-    assert late_rows(driver) == 4, "one banned token needs no history"
+    assert late_rows(driver) == 8
+    late = [row for plan in driver.runner.plans for row in plan.rows if row.source >= 0]
+    assert {row.position - row.start for row in late} == {1}
+
+
+def test_two_late_tokens_of_a_sequence_are_an_error() -> None:
+    driver = ahead()
+    driver.add("r", [1, 2, 3], max_tokens=9)
+    driver.step(2)
+    flight = driver.engine._flight
+    assert flight is not None
+    (row,) = flight.plan.rows
+    two_on = dataclasses.replace(row, position=row.position + 1)
+    with pytest.raises(AssertionError, match="two tokens of a sequence are late"):
+        driver.engine._scheduler.schedule(0.0, behind=dataclasses.replace(flight.plan, rows=[two_on]))
 
 
 def test_the_number_of_an_ended_sequence_is_not_reused_while_it_has_a_row_in_flight() -> None:

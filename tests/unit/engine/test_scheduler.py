@@ -38,6 +38,23 @@ def test_decode_rows_come_first_and_prefill_takes_the_rest_of_the_budget() -> No
     finish(driver)
 
 
+def test_decode_rows_that_do_not_fit_leave_the_prefill_budget_alone() -> None:
+    driver = make_driver(prefill_chunk=100, max_batch_tokens=10)
+    driver.add("a", [1, 2], max_tokens=9)
+    driver.step()
+    driver.step()
+    assert shape(driver.runner.plans[-1]) == [(2, 1)]
+    scheduler = driver.engine._scheduler
+    scheduler.ran_out_of_memory(driver.runner.plans[-1])
+    driver.add("c", list(range(40)))
+    driver.step()
+    assert shape(driver.runner.plans[-1]) == [(3, 1), (0, 9)]
+    scheduler.ran_out_of_memory(driver.runner.plans[-1])
+    driver.step()
+    assert shape(driver.runner.plans[-1]) == [(4, 1), (9, 4)]
+    finish(driver)
+
+
 def test_rows_are_bounded() -> None:
     driver = make_driver(max_running=3)
     for number in range(5):

@@ -454,6 +454,8 @@ async def test_preload_and_unload_follow_the_engine(life: Life) -> None:
     unloaded = await life.cycle.unload(T, BOT)
     assert {item.digest for item in unloaded} == {digest_of("v1"), digest_of("v2")}
     assert life.cycle.table.residency(key_of("v1")).level == "store"
+    assert life.cycle.table.residency(key_of("v2")).level == "host", "the engine may keep it in host memory"
+    life.cycle.on_version_state(VersionStateEvent(version=key_of("v2"), residency="store", references=0))
     assert await life.cycle.unload(T, BOT) == []
 
 

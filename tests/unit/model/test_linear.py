@@ -66,6 +66,20 @@ def test_table_takes_the_smallest_row_that_holds() -> None:
     assert table.choose(8, 128, 900, CPU) == "bitsandbytes" and table.choose(9, 128, 900, CPU) == "dequantize"
 
 
+def test_our_product_is_chosen_only_where_the_bytes_are_in_its_order() -> None:
+    table = TuningTable(
+        [
+            TuningRow(n=8, k=64, max_m=100, backend="packed"),
+            TuningRow(n=8, k=64, max_m=2**31 - 1, backend="dequantize"),
+            TuningRow(n=8, k=128, max_m=4, backend="bitsandbytes"),
+        ]
+    )
+    assert table.packs(8, 64) and table.packs(9, 9) and not table.packs(8, 128)
+    chosen = [table.choose(8, 64, m, CPU, packed=packed) for packed in (True, False) for m in (1, 100, 101)]
+    assert chosen == ["packed", "packed", "dequantize", "dequantize", "dequantize", "dequantize"]
+    assert [table.choose(9, 9, m, CPU, packed=True) for m in (1, 256, 257)] == ["packed", "packed", "dequantize"]
+
+
 def test_batch_invariant_choice_ignores_the_row_count() -> None:
     table = TuningTable([TuningRow(n=96, k=128, max_m=8, backend="bitsandbytes")])
     layer = linear(nf4.quantize(drawn(96, 128)), table=table, batch_invariant=True)
