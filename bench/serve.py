@@ -119,6 +119,7 @@ def _measure_engines(
             batch_invariant=arguments.batch_invariant,
             rank_units=settings.slots * _units(arguments),
             max_slots=settings.slots,
+            serving_blobs=arguments.adapter_times and arguments.model is None,
         )
         bench = EngineBench(config, adapters, runner=runner, digests=digests)
         if runner is None:

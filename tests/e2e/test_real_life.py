@@ -81,6 +81,7 @@ async def test_sigterm_lets_streams_finish_and_a_successor_goes_on(
     async with AsyncClient(victim.address, retry=RetryPolicy(max_attempts=1)) as client:
         await client.adapters.upload(adapters["v2"], name="kept", promote=True)
         kept = await client.generate(PROMPT, adapter="kept", temperature=0, max_tokens=16, ignore_eos=True).result()
+        await eventually(lambda: bool(_blobs(store, kept.adapter_version)), "rows written for the successor")
         children = children_of(victim.process.pid)
         assert len(children) == 2, "engine and worker"
         streams = [client.generate(f"{PROMPT} {i}", max_tokens=400, ignore_eos=True) for i in range(4)]
@@ -104,6 +105,10 @@ async def test_sigterm_lets_streams_finish_and_a_successor_goes_on(
                 PROMPT, adapter="kept", temperature=0, max_tokens=16, ignore_eos=True
             ).result()
             assert (again.adapter_version, again.token_ids) == (kept.adapter_version, kept.token_ids)
+            await client.adapters.delete("kept")
+            await eventually(
+                lambda: not _blobs(store, kept.adapter_version), "a deleted adapter leaves with all its files"
+            )
             await _check_that_children_end_with_their_parent(server, client, adapters["v1"])
 
 
@@ -119,6 +124,11 @@ async def _check_that_children_end_with_their_parent(server: RealServer, client:
                 pass
     seconds = await eventually(lambda: not any(alive(pid) for pid in children), "all children gone", seconds=10)
     print(f"seconds_to_orphans_gone: {seconds:.2f}")
+
+
+def _blobs(store: Path, version: str) -> list[Path]:
+    """The serving blob of a version, which may be named by the first digits of its digest."""
+    return list((store / "objects").glob(f"*/{version.rpartition('/')[2]}*/serving.slab"))
 
 
 def _ready(server: RealServer) -> bool:

@@ -13,7 +13,7 @@ VERSIONS = [f"v{index}" for index in range(8)]
 STEMS = [[], list(range(1, 11)), [*range(1, 7), *range(20, 30)]]
 
 
-def build(rng: random.Random) -> Driver:
+def build(rng: random.Random, *, host_size: int = 1) -> Driver:
     driver = make_driver(
         pages=rng.randint(12, 20),
         page_size=rng.choice([2, 4]),
@@ -21,6 +21,7 @@ def build(rng: random.Random) -> Driver:
         max_slots=rng.randint(2, 5),
         units={f"/{name}": rng.randint(1, 4) for name in VERSIONS},
         delay=rng.randint(0, 4),
+        host_size=host_size,
         max_running=rng.randint(3, 10),
         max_batch_tokens=rng.randint(8, 40),
         prefill_chunk=rng.randint(2, 12),
@@ -98,13 +99,14 @@ def disturb(driver: Driver, rng: random.Random, number: int) -> int:
         driver.runner.non_finite_paths.symmetric_difference_update([f"/{version}"])
     else:
         driver.clock.now += rng.choice([0.01, 1.0])
+        driver.runner.slab.lose(f"/{version}")
     return 0
 
 
-def load(seed: int) -> tuple[Driver, int]:
+def load(seed: int, *, host_size: int = 1) -> tuple[Driver, int]:
     """Run a whole history; returns the driver at rest and how many operations it was asked for."""
     rng = random.Random(seed)
-    driver = build(rng)
+    driver = build(rng, host_size=host_size)
     operations = 0
     for number in range(60):
         for _ in range(rng.choice([0, 1, 1, 2])):
@@ -138,15 +140,18 @@ def test_load(seed: int) -> None:
     assert len(driver.completed) == operations
     driver.engine.handle([DropVersion(version=name) for name in VERSIONS])
     driver.run()
-    assert driver.runner.slab.resident == {}
+    assert driver.runner.slab.resident == {} and driver.runner.slab.host == set()
+    last = {state.version: state for state in driver.states}
+    assert {(state.residency, state.dropped) for state in last.values()} == {("store", True)}
 
 
 @pytest.mark.parametrize("seed", range(40, 52))
 def test_passes_that_are_skipped_would_have_started_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    skipping, _ = load(seed)
+    # Each pass hints again what the host has lost, which starts nothing.
+    skipping, _ = load(seed, host_size=0)
     always = itertools.count()
     monkeypatch.setattr(RequestTable, "changes", property(lambda self: next(always)))
-    trying, _ = load(seed)
+    trying, _ = load(seed, host_size=0)
     assert skipping.events == trying.events
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from loramux_server.cli import main
 from loramux_server.config import OPTIONS, ConfigError, ServerConfig, is_loopback, load_config
+from loramux_server.engine.config import EngineConfig
+from loramux_server.engine_process import engine_config
 
 
 def load(flags: dict[str, Any] | None = None, file: Path | None = None, **environment: str) -> ServerConfig:
@@ -34,6 +36,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ({"port": "x"}, ["--port", "'x'", "whole number"]),
         ({"grace": "nan"}, ["--grace", "nan"]),
         ({"grace": "-1"}, ["--grace", "-1"]),
+        ({"host_adapter_gib": "-1"}, ["--host-adapter-gib", "-1", "0 to 65536"]),
         ({"weights": "int8"}, ["--weights", "int8", "nf4, bf16, fp32"]),
         ({"max_rank": "17"}, ["--max-rank", "17", "multiple of 16"]),
         ({"max_rank": "1024", "rank_units": "8"}, ["--max-rank", "--rank-units 8", "64"]),
@@ -96,6 +99,13 @@ def test_unknown_variables_are_refused_with_the_near_one() -> None:
 def test_loopback() -> None:
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("127.8.9.1") and is_loopback("localhost")
     assert not is_loopback("0.0.0.0") and not is_loopback("::") and not is_loopback("no-such-host.invalid")
+
+
+def test_the_engine_gets_bytes_and_may_write_into_the_store() -> None:
+    engines = [engine_config(load(flags), Path("m")) for flags in ({}, {"host_adapter_gib": "0.5"})]
+    engines.append(engine_config(load(LORAMUX_HOST_ADAPTER_GIB="0"), Path("m")))
+    assert [engine.host_adapter_bytes for engine in engines] == [None, 2**29, 0]
+    assert all(engine.serving_blobs for engine in engines) and not EngineConfig(model="m").serving_blobs
 
 
 def test_settings_are_frozen() -> None:

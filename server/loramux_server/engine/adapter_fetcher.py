@@ -7,12 +7,9 @@ both want is read once. After a version was read from its PEFT files, a third th
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +19,11 @@ import torch
 
 from loramux_base.adapter import read_layout
 from loramux_base.shapes import BaseShapes
+from loramux_server.engine.blob_writer import BlobWriter
 from loramux_server.engine.host_arena import HostArena, Lease
 from loramux_server.model.adapter_read import read_rows
 from loramux_server.model.adapter_rows import RowsLayout
-from loramux_server.model.serving_blob import BLOB_NAME, BadBlob, ServingBlob, blob_binding, write_blob
+from loramux_server.model.serving_blob import BLOB_NAME, BadBlob, ServingBlob, blob_binding
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +31,6 @@ HINT_SECONDS = 10.0
 """How long a hint keeps its rows in the arena from hints that come later, and from being followed again."""
 RETRY_SECONDS = 1.0
 """After so long a hint that found no room may be followed again."""
-_MAX_UNWRITTEN = 4
-_MAX_COMPLAINTS = 1024
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
@@ -99,17 +95,14 @@ class AdapterFetcher:
         self._max_hints = max_hints
         self._blobs = blobs
         self._clock = clock
-        self._lock = threading.Lock()
+        # Held while work is handed to a thread that is being closed, which ends the work at once, in this thread.
+        self._lock = threading.RLock()
         self._fetches: dict[str, _Fetch] = {}
         # Hinted versions that no load has taken yet, each with the time at which the hint is void.
         self._hinted: dict[str, float] = {}
         self._demand = _thread("adapter-fetcher")
         self._ahead = _thread("adapter-prefetcher")
-        self._writer = concurrent.futures.ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="adapter-blob-writer", initializer=_yield_to_others
-        )
-        self._unwritten = 0
-        self._complaints: set[str] = set()
+        self._writer = BlobWriter()
         self.hits = 0
         """Loads that found their rows on the host."""
         self.misses = 0
@@ -179,18 +172,18 @@ class AdapterFetcher:
             TimeoutError: It took longer.
         """
         until = time.monotonic() + timeout
-        while self._fetches or self._unwritten:
+        while self._fetches or self._writer.unwritten:
             if time.monotonic() > until:
                 raise TimeoutError("adapters are still being read or written")
             time.sleep(0.001)
 
     def close(self) -> None:
         """Wait for what runs and end the threads; loads that still wait are cancelled."""
-        threads = (self._ahead, self._demand, self._writer)
-        for thread in threads:
+        for thread in (self._ahead, self._demand):
             thread.shutdown(wait=False, cancel_futures=True)
-        for thread in threads:
+        for thread in (self._ahead, self._demand):
             thread.shutdown()
+        self._writer.close()
 
     # --- threads ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +255,7 @@ class AdapterFetcher:
         except FileNotFoundError:
             return None
         except (BadBlob, OSError) as error:
-            self._complain(directory, f"{BLOB_NAME} is not used: {error}")
+            self._writer.complain(directory, f"{BLOB_NAME} is not used: {error}")
             return None
         room.fill(blob.layout)
         return room
@@ -310,60 +303,16 @@ class AdapterFetcher:
                 found.lease.publish()
             self.prefetches += not fetch.waiters
             shares = [found.lease.share() for _ in fetch.waiters]
-            # A queue that is full is no loss: the next read from the PEFT files comes back to it.
-            binding = found.binding if not fetch.forgotten and self._unwritten < _MAX_UNWRITTEN else None
-            self._unwritten += binding is not None
+            if found.binding is not None and not fetch.forgotten:
+                self._writer.write(Path(fetch.path), found.lease.share(), found.binding)
         for waiter, share in zip(fetch.waiters, shares, strict=True):
             waiter.set_result(share)
-        if binding is None:
-            found.lease.release()
-        else:
-            self._write_later(fetch.path, found.lease, binding)
+        found.lease.release()
 
     def _drop(self, fetch: _Fetch) -> None:
         if self._fetches.get(fetch.path) is fetch:
             del self._fetches[fetch.path]
 
-    # --- blobs -----------------------------------------------------------------------------------------------------
-
-    def _write_later(self, path: str, lease: Lease, binding: str) -> None:
-        try:
-            writing = self._writer.submit(self._write, Path(path), lease, binding)
-        except RuntimeError:  # closed meanwhile
-            self._written(lease, None)
-            return
-        writing.add_done_callback(functools.partial(self._written, lease))
-
-    def _write(self, directory: Path, lease: Lease, binding: str) -> None:
-        try:
-            write_blob(directory, lease.rows, binding=binding)
-        except OSError as error:
-            # A directory that is gone belonged to a version that was deleted.
-            if directory.is_dir():
-                self._complain(directory, f"{BLOB_NAME} cannot be written ({error.strerror}); loads read the adapter")
-
-    def _written(self, lease: Lease, writing: "concurrent.futures.Future[None] | None") -> None:
-        lease.release()
-        with self._lock:
-            self._unwritten -= 1
-        if writing is not None and not writing.cancelled() and writing.exception() is not None:
-            logger.error("a serving blob could not be written", exc_info=writing.exception())
-
-    def _complain(self, directory: Path, text: str) -> None:
-        """Log once a version."""
-        key = f"{directory}: {text}"
-        level = logging.DEBUG if key in self._complaints else logging.WARNING
-        if len(self._complaints) < _MAX_COMPLAINTS:
-            self._complaints.add(key)
-        logger.log(level, "adapter %s: %s", directory.name, text)
-
 
 def _thread(name: str) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-
-
-def _yield_to_others() -> None:
-    """Let the calling thread run when no other wants to: on Linux, niceness is a thread's own."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

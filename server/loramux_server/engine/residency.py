@@ -14,7 +14,7 @@ from loramux_server.engine.messages import ErrorSpec, Event, VersionSpec
 from loramux_server.engine.plan import HostUse, SlabView
 from loramux_server.engine.residency_operations import ResidencyOperations
 from loramux_server.engine.residency_report import ResidencyReport
-from loramux_server.engine.slab_layout import Reservation, Tenure, find_window, find_window_to_drain
+from loramux_server.engine.slab_room import SlabRoom
 from loramux_server.engine.wire_error import error_spec
 from loramux_server.errors import NotFound, Reason, ResourceExhausted, Unavailable
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterResidency:
-    """Allocator of slab slots and rank units.
+    """The book of all versions: loads them where `SlabRoom` finds a place, and tells where they are.
 
     Args:
         slab: The runner's slab.
@@ -35,15 +35,11 @@ class AdapterResidency:
         self._emit = emit
         self._on_forget = on_forget
         self._versions: dict[str, Version] = {}
-        self._by_slot: dict[int, Version] = {}
         # Adapters with the same content share a directory, and so their rows on the host.
         self._at_path: dict[str, set[str]] = {}
         self._operations = ResidencyOperations(emit, want=lambda known: self.want(known.spec.version, newcomer=True))
         self._report = ResidencyReport(emit, in_host=slab.in_host)
-        self._reserved: Reservation | None = None
-        self._tick = 0
-        # Fewest rank units known not to fit since room last appeared: spares a search for each waiting request.
-        self._too_many_units: int | None = None
+        self._room = SlabRoom(slab, on_change=self._changed)
         self.loads = 0
         self.evictions = 0
         self.changes = 0
@@ -134,11 +130,9 @@ class AdapterResidency:
         known = self._versions[version]
         if known.unloads:
             return Room.NONE
-        reserved = self._reserved
-        blocked = newcomer and reserved is not None and reserved.version != version
+        blocked = newcomer and self._room.blocks(version)
         if known.state is Residency.GPU:
-            held = blocked and reserved is not None and version in reserved.draining
-            return Room.NONE if held else Room.READY
+            return Room.NONE if blocked and self._room.drains(version) else Room.READY
         if known.state is Residency.LOADING:
             return Room.LOADING
         room = Room.NONE if blocked else self._start_load(known)
@@ -151,7 +145,7 @@ class AdapterResidency:
         known = self._versions[version]
         assert known.state is Residency.GPU, f"{version} is not resident"
         known.uses += 1
-        self._touch(known)
+        self._room.touch(known)
         return known.slot
 
     def release(self, version: str) -> None:
@@ -159,8 +153,8 @@ class AdapterResidency:
         known = self._versions[version]
         assert known.uses > 0, f"{version} is not in use"
         known.uses -= 1
-        self._room_appeared()
-        self._touch(known)
+        self._room.appeared()
+        self._room.touch(known)
         self._settle(known)
 
     def end_of_pass(self) -> None:
@@ -168,33 +162,14 @@ class AdapterResidency:
 
         Without this, a request tried earlier in the pass could evict a version just before the request that loaded it.
         """
-        for known in self._by_slot.values():
+        for known in self._room.occupants:
             if known.fresh:
                 known.fresh = False
-                self._room_appeared()
+                self._room.appeared()
 
     def reserve(self, version: str | None) -> None:
-        """Keep a place free for the oldest request that was passed over too often, or for none.
-
-        The window with the least work in it is chosen, and again when something new was loaded; newcomers may not
-        start to use what stands there, nor load anything, until the reservation is given up.
-        """
-        if self._reserved is not None and self._reserved.version != version:
-            self._reserved = None
-            self.changes += 1
-        known = self._versions[version] if version is not None else None
-        if known is None or known.state is not Residency.STORE or known.units == 0:
-            return
-        present = frozenset(entry.spec.version for entry in self._by_slot.values())
-        if self._reserved is not None and present <= self._reserved.present:
-            return
-        tenures = self._tenures()
-        window = find_window_to_drain(tenures, known.units, self._slab.rank_units)
-        draining = frozenset(window.leaving) if window is not None else frozenset()
-        if not draining and len(self._by_slot) >= self._slab.max_slots:
-            draining = frozenset([min(tenures, key=lambda t: (t.busy, t.last_used)).version])
-        self._reserved = Reservation(version=known.spec.version, draining=draining, present=present)
-        self.changes += 1
+        """Keep a place free for the oldest request that was passed over too often, or for none."""
+        self._room.reserve(None if version is None else self._versions[version])
 
     def _start_load(self, known: Version) -> Room:
         capacity = self._slab.rank_units
@@ -209,35 +184,21 @@ class AdapterResidency:
                 Reason.ADAPTER_SLOTS_EXHAUSTED,
                 f"adapter needs {known.units} rank units, the slab has {capacity}; raise rank_units",
             )
-        if self._too_many_units is not None and known.units >= self._too_many_units:
-            return Room.NONE
-        window = find_window(self._tenures(), known.units, capacity)
+        window = self._room.find(known)
         if window is None:
-            self._too_many_units = known.units
             return Room.NONE
-        leaving = window.leaving
-        if not leaving and len(self._by_slot) >= self._slab.max_slots:
-            evictable = [t for t in self._tenures() if not t.busy]
-            if not evictable:
-                self._too_many_units = 1
-                return Room.NONE
-            leaving = (min(evictable, key=lambda t: t.last_used).version,)
-        for version in leaving:
+        for version in window.leaving:
             self.evictions += 1
             self._vacate(self._versions[version])
-        slot = next(slot for slot in range(self._slab.max_slots) if slot not in self._by_slot)
-        self.changes += 1
-        known.state, known.slot, known.first_unit = Residency.LOADING, slot, window.first_unit
-        self._by_slot[slot] = known
-        self._touch(known)
-        self._slab.start_load(slot, window.first_unit, known.units, known.spec.path)
+        self._room.occupy(known, window)
+        self._slab.start_load(known.slot, known.first_unit, known.units, known.spec.path)
         return Room.LOADING
 
     def poll(self, now: float) -> list[tuple[str, ErrorSpec]]:
         """Take in loads that ended, go on with preloads; returns versions whose load failed, with the error."""
         failed: list[tuple[str, ErrorSpec]] = []
         for slot, error in self._slab.poll_loads():
-            known = self._by_slot[slot]
+            known = self._room.at(slot)
             assert known.state is Residency.LOADING, f"slot {slot} was not loading"
             self.changes += 1
             if error is None:
@@ -291,17 +252,17 @@ class AdapterResidency:
     @property
     def pending(self) -> bool:
         """Whether loads or preloads are under way."""
-        return self._operations.preloading or any(k.state is Residency.LOADING for k in self._by_slot.values())
+        return self._operations.preloading or any(k.state is Residency.LOADING for k in self._room.occupants)
 
     @property
     def resident(self) -> int:
         """Versions in the slab."""
-        return sum(known.state is Residency.GPU for known in self._by_slot.values())
+        return sum(known.state is Residency.GPU for known in self._room.occupants)
 
     @property
     def rank_units_used(self) -> int:
         """Rank units that are taken, loads in flight included."""
-        return sum(known.units for known in self._by_slot.values())
+        return sum(known.units for known in self._room.occupants)
 
     @property
     def host(self) -> HostUse:
@@ -330,43 +291,18 @@ class AdapterResidency:
             self._slab.forget(known.spec.path)
 
     def _vacate(self, known: Version, *, announce: bool = True) -> None:
-        assert known.uses == 0, f"{known.spec.version} is in use"
-        self._slab.clear(known.slot)
-        del self._by_slot[known.slot]
-        self._room_appeared()
-        known.state, known.slot, known.first_unit, known.fresh = Residency.STORE, -1, -1, False
+        slot = known.slot
+        self._room.vacate(known)
+        self._slab.clear(slot)
         if announce:
             self._report.tell(known)
 
-    def _room_appeared(self) -> None:
-        self._too_many_units = None
+    def _changed(self) -> None:
         self.changes += 1
-
-    def _touch(self, known: Version) -> None:
-        self._tick += 1
-        known.last_used = self._tick
-
-    def _tenures(self) -> list[Tenure]:
-        return [
-            Tenure(
-                version=known.spec.version,
-                first_unit=known.first_unit,
-                units=known.units,
-                busy=known.uses + (known.state is Residency.LOADING or known.fresh),
-                last_used=known.last_used,
-            )
-            for known in self._by_slot.values()
-        ]
 
     def check_integrity(self, *, references: dict[str, int], uses: dict[str, int]) -> None:
         """Assert that rows do not overlap and that counts are exactly those of the living requests."""
-        taken: set[int] = set()
-        for slot, known in self._by_slot.items():
-            assert known.slot == slot and known.state is not Residency.STORE
-            assert 0 <= slot < self._slab.max_slots
-            rows = set(range(known.first_unit, known.first_unit + known.units))
-            assert known.units > 0 and not rows & taken and max(rows) < self._slab.rank_units
-            taken |= rows
+        self._room.check_integrity()
         for name, known in self._versions.items():
             assert (known.state is Residency.STORE) == (known.slot == -1)
             assert known.references == references.get(name, 0), f"{name}: {known.references} references"
@@ -377,10 +313,6 @@ class AdapterResidency:
         assert sum(len(names) for names in self._at_path.values()) == len(self._versions)
         self._operations.check_integrity(self._versions)
         self._report.check_integrity(self._versions)
-        if self._too_many_units is not None:
-            free_slot = len(self._by_slot) < self._slab.max_slots or not all(t.busy for t in self._tenures())
-            window = find_window(self._tenures(), self._too_many_units, self._slab.rank_units)
-            assert window is None or not free_slot, "room appeared unnoticed"
         assert set(references) <= set(self._versions) and set(uses) <= set(self._versions)
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loramux_server.kernels.activation import GELU_CUBE, GELU_SCALE, Kind
+from loramux_server.kernels.overlap_triton import launch_options, wait_for_front
 
 _BLOCK = 1024
 
@@ -22,6 +23,7 @@ def _glu(
     SCALE: tl.constexpr,
     CUBE: tl.constexpr,
 ):
+    wait_for_front()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -49,5 +51,6 @@ def glu_triton(gate_up: Tensor, kind: Kind) -> Tensor:
             SCALE=GELU_SCALE,
             CUBE=GELU_CUBE,
             num_warps=4,
+            **launch_options(),
         )
     return out

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loramux_server.kernels.batch import ForwardBatch
+from loramux_server.kernels.overlap_triton import launch_options, wait_for_front
 
 _SPLIT = 256
 _MAX_SPLITS = 32
@@ -74,6 +75,7 @@ def _attend(
     ONE_TOKEN: tl.constexpr,
     SEQUENCES_BLOCK: tl.constexpr,
 ):
+    wait_for_front()
     kv_head = tl.program_id(1)
     if ONE_TOKEN:
         sequence = tl.program_id(0)
@@ -174,6 +176,7 @@ def _combine(
     SPLITS_BLOCK: tl.constexpr,
 ):
     """Add the splits of one token and head in ascending order; rows past the last sequence become 0."""
+    wait_for_front()
     token = tl.program_id(0).to(tl.int64)
     entry = token * HEADS + tl.program_id(1)
     column = tl.arange(0, HEAD_BLOCK)
@@ -269,6 +272,7 @@ def paged_attention_triton(
         SEQUENCES_BLOCK=triton.next_power_of_2(sequences),
         num_warps=4,
         num_stages=1 if wide else 2,
+        **launch_options(),
     )
     if stats is not None:
         _combine[(tokens, heads)](
@@ -284,5 +288,6 @@ def paged_attention_triton(
             SPLITS=splits,
             SPLITS_BLOCK=triton.next_power_of_2(splits),
             num_warps=1 if head_block <= 128 else 2,
+            **launch_options(),
         )
     return out

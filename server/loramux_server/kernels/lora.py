@@ -69,10 +69,10 @@ def lora_linear(x: Tensor, product: Callable[[Tensor], Tensor], group: LoraGroup
     main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        update.shrink(x)
+        update.shrink(x, beside=True)
     out = product(x)
     main.wait_stream(side)
-    update.expand(out)
+    update.expand(out, beside=True)
     return out
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loramux_server.kernels.batch import LoraBatch, LoraGroup
 from loramux_server.kernels.lora import MAX_SLICES
+from loramux_server.kernels.overlap_triton import launch_options, wait_for_front
 
 # Measured with 32 adapters of rank 16 on the shapes of a 7B.
 _CUT = 512
@@ -44,6 +45,7 @@ def _plan(
     COLUMNS: tl.constexpr,
 ):
     """Write a tile's slot (-1 if it has no work), first sorted row and end, and set its counters to 0."""
+    wait_for_front()
     tile = tl.program_id(0)
     g = tl.arange(0, SEGMENTS_BLOCK)
     used = g < num_segments
@@ -84,6 +86,7 @@ def _shrink(
     TILE_COLUMNS: tl.constexpr,
     FIRST_COUNTER: tl.constexpr,
 ):
+    wait_for_front()
     tile = tiles + TILE_COLUMNS * tl.program_id(0)
     slot, row, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if slot < 0:
@@ -151,6 +154,7 @@ def _expand(
     COLUMN_BLOCK: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
+    wait_for_front()
     tile = tiles + TILE_COLUMNS * tl.program_id(0)
     slot, row, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if slot < 0:
@@ -258,11 +262,12 @@ class Update:
         if self._cuts > 1:
             self._partial = torch.empty((self._cuts, *shape), dtype=torch.float32, device=x.device)
 
-    def shrink(self, x: Tensor) -> None:
+    def shrink(self, x: Tensor, *, beside: bool = False) -> None:
         """Multiply by A.
 
         Args:
             x: As given to the constructor.
+            beside: Whether other streams have kernels in front.
         """
         if self._idle:
             return
@@ -290,13 +295,15 @@ class Update:
             FIRST_COUNTER=_FIRST_COUNTER,
             num_warps=_SHRINK_WARPS,
             num_stages=2 if self._wide else _SHRINK_STAGES,
+            **({} if beside else launch_options()),
         )
 
-    def expand(self, out: Tensor) -> None:
+    def expand(self, out: Tensor, *, beside: bool = False) -> None:
         """Multiply by B and add to the output.
 
         Args:
             out: `[T, N]`, the base product; updated in place.
+            beside: As in `shrink`.
         """
         if self._idle:
             return
@@ -329,6 +336,7 @@ class Update:
             TILE_COLUMNS=_TILE_COLUMNS,
             num_warps=_EXPAND_WARPS,
             num_stages=2,
+            **({} if beside else launch_options()),
         )
 
 

@@ -83,6 +83,21 @@ def shape_unsupported(shape: tuple[int, int]) -> str | None:
     return None
 
 
+def prepare(shape: tuple[int, int], device: torch.device) -> None:
+    """Compile what products with a weight of this shape need, once, so that no step waits for it.
+
+    Args:
+        shape: `(N, K)`, supported.
+        device: CUDA, supported.
+
+    Raises:
+        KernelError: It cannot be compiled or loaded.
+    """
+    from loramux_server.kernels import nf4_sm90
+
+    nf4_sm90.prepare(shape, device)
+
+
 def pack(weight: Nf4Weight) -> PackedNf4:
     """Bring a weight into the kernel's order, on its device.
 

@@ -8,7 +8,6 @@ tile the cheaper its end.
 
 import ctypes
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,19 +38,10 @@ def unavailable(device: torch.device) -> str | None:
     return unavailable_reason(device)
 
 
-def prepare(shapes: Iterable[tuple[int, int]], device: torch.device) -> None:
-    """Compile what products with weights of these shapes need, so that no step waits for it.
-
-    Args:
-        shapes: `(N, K)` of each weight.
-        device: Where they are.
-
-    Raises:
-        KernelError: The compiler refused.
-    """
-    widths = {(rows, _blocks_n(n, rows, device)) for n, _ in set(shapes) for rows in _TILE_ROWS}
-    for rows, blocks_n in sorted(widths):
-        _linear_kernel(rows, blocks_n)
+def prepare(shape: tuple[int, int], device: torch.device) -> None:
+    """`nf4.prepare`."""
+    for rows in _TILE_ROWS:
+        _linear_kernel(rows, _blocks_n(shape[0], rows, device))
     _dequantize_kernel()
 
 

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loramux_server.kernels.overlap_triton import launch_options, wait_for_front
+
 
 @triton.jit
 def _rms_norm(
@@ -23,6 +25,7 @@ def _rms_norm(
     HAS_RESIDUAL: tl.constexpr,
     WIDE_WEIGHT: tl.constexpr,
 ):
+    wait_for_front()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -81,4 +84,5 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         WIDE_WEIGHT=offset != 0,
         num_warps=min(16, max(1, block // 512)),
+        **launch_options(),
     )

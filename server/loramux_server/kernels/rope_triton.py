@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loramux_server.kernels.batch import ForwardBatch
+from loramux_server.kernels.overlap_triton import launch_options, wait_for_front
 
 
 @triton.jit
@@ -66,6 +67,7 @@ def _rope_and_write(
     REST_BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
 ):
+    wait_for_front()
     token = tl.program_id(0).to(tl.int64)
     entry = cos_sin + tl.load(positions + token) * (2 * HALF)
     column = tl.arange(0, HALF_BLOCK)
@@ -141,5 +143,6 @@ def rope_and_write_triton(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batc
             REST_BLOCK=triton.next_power_of_2(max(1, head_dim - 2 * half)),
             PAGE=kv.shape[2],
             num_warps=4,
+            **launch_options(),
         )
     return out

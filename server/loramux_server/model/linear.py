@@ -177,6 +177,7 @@ class Linear:
         elif shadow:
             self._dense = dequantize(weight.to(device), dtype)
         elif self._table.packs(*weight.shape) and packable(weight.shape, dtype, device):
+            packing.prepare(weight.shape, device)
             self._packed = packing.pack(weight.to(device))
         else:
             self._nf4 = weight.to(device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loramux_base.adapter import TENSORS_NAME, AdapterFormatError, AdapterLayout
-from loramux_server.engine import adapter_fetcher
+from loramux_server.engine import adapter_fetcher, blob_writer
 from loramux_server.engine.adapter_fetcher import HINT_SECONDS, RETRY_SECONDS, AdapterFetcher
 from loramux_server.engine.host_arena import HostArena, Lease
 from loramux_server.model.adapter_read import read_rows
@@ -364,7 +364,7 @@ class TestBlobs:
         def refuse(*_: object, **__: object) -> None:
             raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(adapter_fetcher, "write_blob", refuse)
+        monkeypatch.setattr(blob_writer, "write_blob", refuse)
         with hosting(store, blobs=True) as host:
             for _ in range(3):
                 assert host.value("a") == 1
@@ -377,27 +377,27 @@ class TestBlobs:
     def test_a_version_that_was_deleted_meanwhile_is_nobodys_fault(
         self, store: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        write = adapter_fetcher.write_blob
+        write = blob_writer.write_blob
 
         def late(directory: Path, *arguments: object, **options: object) -> None:
             shutil.rmtree(directory)
             write(directory, *arguments, **options)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(adapter_fetcher, "write_blob", late)
+        monkeypatch.setattr(blob_writer, "write_blob", late)
         with hosting(store, blobs=True) as host:
             assert host.value("a") == 1
         assert not caplog.records and not (store / "a").exists()
 
     def test_rows_that_are_being_written_stay(self, store: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
         go, writing = threading.Event(), threading.Event()
-        write = adapter_fetcher.write_blob
+        write = blob_writer.write_blob
 
         def slow(*arguments: object, **options: object) -> None:
             writing.set()
             assert go.wait(20)
             write(*arguments, **options)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(adapter_fetcher, "write_blob", slow)
+        monkeypatch.setattr(blob_writer, "write_blob", slow)
         with hosting(store, room=1, blobs=True) as host:
             assert host.value("a") == 1
             assert writing.wait(20)

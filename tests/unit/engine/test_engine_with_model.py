@@ -133,7 +133,9 @@ def test_adapters_that_come_from_host_and_blobs_give_the_same_tokens(directory: 
         close()
         assert output == {(f"{name}+", index): tokens for (name, index), tokens in expected.items()}
         assert stats.host_hits + stats.host_misses == stats.adapter_loads > 3
-        assert stats.host_bytes_used <= host_bytes and (stats.host_hits > 0) == (host_bytes > 1000)
+        assert stats.host_bytes_used <= host_bytes
+        assert host_bytes < 1 << 22 or stats.host_misses <= 3
+        assert host_bytes > 1000 or stats.host_hits == 0
     assert all((tmp_path / "model" / f"v{number}" / BLOB_NAME).exists() for number in range(3))
     assert not any((directory / f"v{number}" / BLOB_NAME).exists() for number in range(3)), "not asked for"
 
