@@ -105,5 +105,5 @@ def test_the_load_is_heavy() -> None:
             late["frequency"] += row.sampling.frequency_penalty != 0.0
             late["words"] += any(len(word) > 1 for word in row.sampling.bad_words)
             late["bias"] += bool(row.sampling.logit_bias)
-    assert preemptions > 10 and stopped > 40, (preemptions, stopped)
+    assert preemptions > 5 and stopped > 40, (preemptions, stopped)
     assert len(late) == 5 and min(late.values()) > 200, late

@@ -35,7 +35,7 @@ def unavailable(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         return f"it is written for compute capability 9.0, this device has {capability[0]}.{capability[1]}"
-    return unavailable_reason(device)
+    return unavailable_reason()
 
 
 def prepare(shape: tuple[int, int], device: torch.device) -> None:
