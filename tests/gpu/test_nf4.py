@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from loramux_server.kernels.nf4 import (
     unpack,
     unsupported,
 )
+from loramux_server.kernels.norm import rms_norm
+from loramux_server.kernels.nvrtc import unavailable_reason
+from loramux_server.model.linear import Linear
 
 CUDA = torch.device("cuda")
 
 pytestmark = pytest.mark.skipif(
-    unsupported(torch.device("cuda"), torch.bfloat16) is not None if torch.cuda.is_available() else True,
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or unavailable_reason() is not None,
     reason="the kernel needs compute capability 9.0 and cuda-core",
 )
 
@@ -79,6 +83,10 @@ def assert_close(out: Tensor, x: Tensor, values: Tensor, bias: Tensor | None) ->
 def run(x: Tensor, weight: PackedNf4, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
     torch.empty(len(x), weight.shape[0], dtype=torch.bfloat16, device=CUDA).fill_(math.nan)  # what `out` gets hold of
     return nf4_linear(x, weight, bias, batch_invariant=batch_invariant)
+
+
+def test_it_compiles() -> None:
+    assert unsupported(CUDA, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("model", SHAPES)
@@ -172,6 +180,66 @@ def test_behind_the_kernel_that_writes_x() -> None:
         outs.append(nf4_linear(x, weight, None))
         x.fill_(math.nan)
     assert all(torch.equal(out, want) for out, want in zip(outs, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_chain_of_kernels_that_begin_before_the_one_in_front_is_over(rows: int) -> None:
+    """Each reads what the one in front writes, into memory that one further in front may have read just now."""
+    up, down = pack(random_weight(8192, 3584, seed=10)), pack(random_weight(3584, 8192, seed=11))
+    x = torch.randn(rows, 3584, dtype=torch.bfloat16, device=CUDA)
+    ones = torch.ones(3584, dtype=torch.bfloat16, device=CUDA)
+
+    def chain(after_each: Callable[[], None]) -> Tensor:
+        hidden = x
+        for _ in range(20):
+            wide = nf4_linear(hidden, up, None)
+            after_each()
+            narrow = nf4_linear(wide, down, None)
+            after_each()
+            hidden = rms_norm(narrow, ones, 1e-6)
+            after_each()
+        return hidden
+
+    expected = chain(torch.cuda.synchronize)
+    assert bool(torch.isfinite(expected).all())
+    assert all(torch.equal(chain(lambda: None), expected) for _ in range(10))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for _ in range(10):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+def test_more_rows_than_one_launch_takes() -> None:
+    weight = pack(random_weight(3584, 3584, seed=12))
+    x = torch.randn(1100, 3584, dtype=torch.bfloat16, device=CUDA)
+    whole = run(x, weight)
+    parts = [run(x[first : first + 512], weight) for first in (0, 512, 1024)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert run(x[:0], weight).shape == (0, 3584)
+
+
+def test_memory_that_is_used_again_with_another_shape() -> None:
+    memory = torch.randn(64 * 1792, dtype=torch.bfloat16, device=CUDA)
+    for rows, k in [(64, 1792), (128, 896), (32, 3584), (64, 896), (64, 1792)]:
+        x, weight = memory[: rows * k].view(rows, k), random_weight(896, k, seed=k)
+        assert_close(run(x, pack(weight)), x, exact(weight), None)
+
+
+def test_layer_takes_it_where_it_can() -> None:
+    weight, bias = random_weight(1152, 896, seed=13), torch.randn(1152, device=CUDA)
+    x = torch.randn(300, 896, dtype=torch.bfloat16, device=CUDA)
+    layer = Linear(weight, bias, dtype=torch.bfloat16, device=CUDA)
+    assert [layer.backend(rows) for rows in (1, 256, 257)] == ["packed", "packed", "dequantize"]
+    assert torch.equal(layer.dense_weight(), nf4.dequantize(weight, torch.bfloat16))
+    assert_close(layer(x[:40]), x[:40], exact(weight), bias.to(torch.bfloat16))
+    torch.testing.assert_close(layer(x)[:40], layer(x[:40]), rtol=2**-6, atol=2**-6)
+    same = Linear(weight, bias, dtype=torch.bfloat16, device=CUDA, batch_invariant=True)
+    assert same.backend(300) == "packed" and torch.equal(same(x)[7:9], same(x[7:9].clone()))
+    half = Linear(weight, bias, dtype=torch.float16, device=CUDA)
+    assert half.backend(1) != "packed" and bool(torch.isfinite(half(x[:4].half())).all())
 
 
 def test_two_streams_at_once() -> None:

@@ -17,6 +17,11 @@ from loramux_server.model.spec import ModelSpec
 
 # Float32 copies of the logits that sampling with every parameter holds at once.
 _LOGIT_COPIES = 4
+# cuBLAS' workspace, as torch sets it from compute capability 9.0 on, for each stream that multiplies: steps and captures,
+# and what torch keeps for the default one.
+_CUBLAS_BYTES = 3 * (32 << 20)
+# Most splits of the KV cache that a row leaves partial sums for, and tokens of the smallest.
+_MOST_SPLITS, _SPLIT_TOKENS = 32, 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +35,7 @@ class Capacity:
         slab: All rank units and their tables.
         staging: What adapters are copied through, on CUDA.
         host: Host memory that keeps adapters; not of the device.
-        workspace: Largest step, and once more for captured graphs on CUDA.
+        workspace: Largest step; on CUDA once more for captured graphs, and what libraries hold.
         page: One KV page over all layers.
         pages: KV pages that fit; negative or 0 = nothing does.
         page_size: Tokens a page.
@@ -82,11 +87,13 @@ def plan_capacity(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | No
         slab += config.max_slots * (shapes.num_layers * modules * 8 + 4)
     staging = staging_bytes(shapes, dtype=dtype, max_rank=config.max_rank) if cuda and shapes is not None else 0
     workspace = step_bytes(config, spec, dtype=dtype, dequantizes=config.weights == "nf4" and not shadow)
+    if cuda:
+        workspace = 2 * workspace + _CUBLAS_BYTES + 2 * partial_bytes(config, spec)
     page = page_bytes(spec, config.page_size, dtype)
     if config.kv_pages is not None:
         pages = config.kv_pages
     elif cuda:
-        room = int(memory * config.gpu_memory_utilization) - weights - slab - staging - 2 * workspace
+        room = int(memory * config.gpu_memory_utilization) - weights - slab - staging - workspace
         pages = room // page
     else:
         pages = -(-config.kv_tokens // config.page_size)
@@ -97,7 +104,7 @@ def plan_capacity(config: EngineConfig, spec: ModelSpec, shapes: BaseShapes | No
         slab=slab,
         staging=staging,
         host=arena_bytes(config.host_adapter_bytes, cuda=cuda) if shapes is not None else 0,
-        workspace=2 * workspace if cuda else workspace,
+        workspace=workspace,
         page=page,
         pages=pages,
         page_size=config.page_size,
@@ -129,6 +136,18 @@ def unit_bytes(shapes: BaseShapes, dtype: torch.dtype) -> int:
     """Bytes of one rank unit in every linear layer: A `[16, K]` a module, B `[16, N]`."""
     widths = sum(k + n for k, n in shapes.modules.values())
     return shapes.num_layers * UNIT_ROWS * widths * dtype.itemsize
+
+
+def partial_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    """Bytes of the float32 sums that the splits of the KV cache leave in a decode step.
+
+    Args:
+        config: Row budget and model length.
+        spec: Base model.
+    """
+    splits = min(_MOST_SPLITS, -(-(config.max_model_len or spec.max_position) // _SPLIT_TOKENS))
+    rows = min(config.max_running, config.max_batch_tokens)
+    return rows * spec.num_heads * splits * (spec.head_dim + 2) * 4
 
 
 def step_bytes(config: EngineConfig, spec: ModelSpec, *, dtype: torch.dtype, dequantizes: bool) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ class HostArena:
             return Lease(self._slice(entry), self, entry)
 
     def reserve(self, key: str, nbytes: int, *, spare: Container[str] = (), keep_spared: bool = False) -> Lease | None:
-        """Make room for the rows of a version; least recently used ones leave until a hole fits.
+        """Make room for the rows of a version; of the neighbours that could, those used longest ago leave.
 
         Args:
             key: What they are to be found under once published.
@@ -159,14 +159,9 @@ class HostArena:
         assert nbytes > 0
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
-            stays = [e for e in self._placed if e.pins or (keep_spared and e.key in spare)]
-            if _largest_hole(stays, self.nbytes) < size:
-                # Known before anything was thrown out in vain.
+            start = self._make_room(size, spare, keep_spared=keep_spared)
+            if start is None:
                 return None
-            while (start := self._hole(size)) is None:
-                free = [e for e in self._listed.values() if not e.pins]
-                victim = next((e for e in free if e.key not in spare), None)
-                self._unlist(victim if victim is not None else free[0])
             entry = _Entry(key=key, start=start, nbytes=nbytes)
             bisect.insort(self._placed, entry, key=lambda placed: placed.start)
             return Lease(self._slice(entry), self, entry)
@@ -219,13 +214,28 @@ class HostArena:
     def _slice(self, entry: _Entry) -> Tensor:
         return self._memory[entry.start : entry.start + entry.nbytes]
 
-    def _hole(self, size: int) -> int | None:
-        start = 0
-        for entry in self._placed:
-            if entry.start - start >= size:
-                return start
-            start = entry.end
-        return start if self.nbytes - start >= size else None
+    def _make_room(self, size: int, spare: Container[str], *, keep_spared: bool) -> int | None:
+        """Where a hole of a size is, after as few as possible of the least recently used have left; None = nowhere."""
+        start = _first_hole(self._placed, size, self.nbytes)
+        if start is not None:
+            return start
+        free = [e for e in self._listed.values() if not e.pins and not (keep_spared and e.key in spare)]
+        free.sort(key=lambda entry: entry.key in spare)
+        turns = {id(entry): turn for turn, entry in enumerate(free)}
+
+        def hole(gone: int) -> int | None:
+            """The hole there is when so many have left."""
+            stays = (entry for entry in self._placed if turns.get(id(entry), gone) >= gone)
+            return _first_hole(stays, size, self.nbytes)
+
+        needed = bisect.bisect_left(range(len(free) + 1), True, key=lambda gone: hole(gone) is not None)
+        start = hole(needed)
+        if start is not None:
+            # Those that are not in the way stay: a wide adapter would else empty the arena until a hole happens to fit.
+            for entry in free[:needed]:
+                if entry.start < start + size and start < entry.end:
+                    self._unlist(entry)
+        return start
 
     def _unlist(self, entry: _Entry) -> None:
         del self._listed[entry.key]
@@ -269,11 +279,14 @@ def arena_bytes(asked: int | None, *, cuda: bool) -> int:
     return min(asked, physical // 2)
 
 
-def _largest_hole(stays: list[_Entry], capacity: int) -> int:
-    """Bytes of the largest hole when only these entries stay."""
-    ends = [0, *(entry.end for entry in stays)]
-    starts = [*(entry.start for entry in stays), capacity]
-    return max(start - end for end, start in zip(ends, starts, strict=True))
+def _first_hole(entries: Iterable[_Entry], size: int, capacity: int) -> int | None:
+    """Where the first hole of a size is between entries in the order of their addresses; None without one."""
+    start = 0
+    for entry in entries:
+        if entry.start - start >= size:
+            return start
+        start = entry.end
+    return start if capacity - start >= size else None
 
 
 def _page_lock(memory: Tensor) -> "weakref.finalize[[int], Tensor] | None":

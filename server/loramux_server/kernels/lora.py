@@ -47,7 +47,8 @@ def lora_linear(x: Tensor, product: Callable[[Tensor], Tensor], group: LoraGroup
     """A base product and each token's low-rank update of it.
 
     While a CUDA graph of few rows is captured, the first half of the update, which reads A, becomes a branch beside the
-    base product: both wait for memory and neither fills the card alone. Bits equal those of `lora_add`.
+    base product: both wait for memory and neither fills the card alone. Without a capture the same kernels run one by
+    one, so that a run before it compiles them. Bits equal those of `lora_add`.
 
     Args:
         x: `[T, K]`, input of the group.
@@ -58,20 +59,25 @@ def lora_linear(x: Tensor, product: Callable[[Tensor], Tensor], group: LoraGroup
     Returns:
         `[T, N]`.
     """
-    beside = x.is_cuda and len(x) <= _MOST_BESIDE and torch.cuda.is_current_stream_capturing()
-    if not beside or not use_triton(x, "lora_add", _unlike(x, group)):
+    if len(x) > _MOST_BESIDE or not use_triton(x, "lora_add", _unlike(x, group)):
         out = product(x)
         lora_add(x, out, group, batch)
         return out
     from loramux_server.kernels.lora_triton import Update
 
     update = Update(x, group, batch)
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
+    if update.idle:
+        return product(x)
+    if not torch.cuda.is_current_stream_capturing():
         update.shrink(x, beside=True)
-    out = product(x)
-    main.wait_stream(side)
+        out = product(x)
+    else:
+        main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            update.shrink(x, beside=True)
+        out = product(x)
+        main.wait_stream(side)
     update.expand(out, beside=True)
     return out
 

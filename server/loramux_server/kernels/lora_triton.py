@@ -239,14 +239,17 @@ class Update:
         x: `[T, K]`, input of the group; only its shape and strides matter here.
         group: Slab of the group.
         batch: Which slot each token uses.
+
+    Attributes:
+        idle: There is nothing to add; then both halves do nothing.
     """
 
     def __init__(self, x: Tensor, group: LoraGroup, batch: LoraBatch) -> None:
         self._group = group
         self._batch = batch
         self._tokens, width = x.shape
-        self._idle = self._tokens == 0 or batch.num_segments == 0 or group.max_rank == 0
-        if self._idle:
+        self.idle = self._tokens == 0 or batch.num_segments == 0 or group.max_rank == 0
+        if self.idle:
             return
         self._tiles = tiles_of(batch) if batch.tiles is None else batch.tiles
         self._wide = x.dtype == torch.float32
@@ -267,9 +270,9 @@ class Update:
 
         Args:
             x: As given to the constructor.
-            beside: Whether other streams have kernels in front.
+            beside: Whether other streams may have kernels in front.
         """
-        if self._idle:
+        if self.idle:
             return
         group = self._group
         _shrink[(len(self._tiles), self._blocks, self._cuts)](
@@ -305,7 +308,7 @@ class Update:
             out: `[T, N]`, the base product; updated in place.
             beside: As in `shrink`.
         """
-        if self._idle:
+        if self.idle:
             return
         group, slices = self._group, len(self._group.slice_ends)
         ends = [*group.slice_ends, *[group.slice_ends[-1]] * (MAX_SLICES - slices)]

@@ -5,12 +5,12 @@ Its values are level x maximum of the block; the float32 sum of a block's 64 pro
 only rounding of the weight is that of the sixteen levels to bfloat16. `nf4_dequantize` rounds level x maximum instead,
 as bitsandbytes does.
 
-A row of the result depends on that row of x alone, not on M nor on the other rows, as long as `rows_at_once` is given.
+A row of the result depends on that row of x alone: not on the other rows and, with `batch_invariant`, not on M.
 
-A packed weight is `[N / 64 rounded up, K / 64, 2304]` uint8, a piece a 64 x 64 block: 2048 bytes of codes and 64 float32
-maxima. The codes are those of a wgmma A operand, m64k16, in registers: 16 bytes a thread, a word for each 16 along K,
-whose eight codes are rows (2g, 2g + 1) x columns (2q, 2q + 1) and the same of columns 8 further, with g = lane / 4 and
-q = lane % 4.
+A packed weight is `[N / 64 rounded up, K / 64, 2304]` uint8, a piece a 64 x 64 block: 2048 bytes of codes and 64
+float32 maxima. The codes are those of a wgmma A operand, m64k16, in registers: 16 bytes a thread, a word for each 16
+along K, whose eight codes are rows (2g, 2g + 1) x columns (2q, 2q + 1) and the same of columns 8 further, with
+g = lane / 4 and q = lane % 4; the low half of a byte is the even column. A warp has 16 rows.
 """
 
 import dataclasses
@@ -110,6 +110,7 @@ def pack(weight: Nf4Weight) -> PackedNf4:
     for first in range(0, n, _ROWS_AT_ONCE):
         part = slice(first, min(first + _ROWS_AT_ONCE, n))
         _pack_rows(blocks[first // BLOCK : -(-part.stop // BLOCK)], weight.codes[part], weight.absmax[part])
+    # Last: the kernel reads `blocks` before what is right in front of it is over, and that is now this.
     arrivals = torch.zeros((rows + 3) * MOST_TILES, dtype=torch.int32, device=weight.codes.device)
     return PackedNf4(blocks=blocks, shape=(n, k), arrivals=arrivals)
 
@@ -146,7 +147,7 @@ def nf4_linear(x: Tensor, weight: PackedNf4, bias: Tensor | None, *, batch_invar
     """The product.
 
     Args:
-        x: `[M, K]` bfloat16, contiguous.
+        x: `[M, K]` bfloat16, contiguous, 16-byte aligned.
         weight: `[N, K]`.
         bias: `[N]` bfloat16 or None.
         batch_invariant: Give a row the same bits for every M.

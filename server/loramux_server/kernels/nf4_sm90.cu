@@ -183,6 +183,9 @@ extern "C" __global__ __launch_bounds__(MULTIPLIERS + 128, 1) void nf4_linear(
   };
   auto add_scaled = [&](float2 scale) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    // The wait names no register: this keeps the compiler from reading the sums before it.
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[i])::"memory");
 #pragma unroll
     for (int i = 0; i < SUMS; i += 4) {
       total[i] += scale.x * sum[i];
@@ -229,17 +232,21 @@ extern "C" __global__ __launch_bounds__(MULTIPLIERS + 128, 1) void nf4_linear(
 #pragma unroll
     for (int i = 0; i < SUMS / 4; i++)
       __stcg((float4*)(mine + i * 512), make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]));
-    __threadfence();
     sync_threads(5 + group_n, 128);
     int* const is_last = (int*)(memory + AT_LAST) + group_n;
     if (in_group == 0) {
       int* const arrived = arrivals + tile * WN + group_n;
-      *is_last = atomicAdd(arrived, 1) == last - first;
-      if (*is_last) *arrived = 0;
+      // Between the two barriers one thread's fences hold for the whole warpgroup.
+      __threadfence();
+      const bool all = atomicAdd(arrived, 1) == last - first;
+      if (all) {
+        __threadfence();
+        *arrived = 0;
+      }
+      *is_last = all;
     }
     sync_threads(5 + group_n, 128);
     if (!*is_last) return false;
-    __threadfence();
 #pragma unroll
     for (int i = 0; i < SUMS; i++) total[i] = 0.f;
     for (int block = first; block <= last; block++) {
@@ -297,6 +304,7 @@ extern "C" __global__ __launch_bounds__(MULTIPLIERS + 128, 1) void nf4_linear(
       look_up(at_w, even, even_scale);
     }
     add_scaled(odd_scale);
+    __syncwarp();
     if (lane == 0) barrier_arrive(done);
     if (++unit == units_k || left == 1) { finish(); unit = 0; tile++; }
   }

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from loramux_base import nf4
 from loramux_server.kernels.nf4 import BLOCK, BLOCK_BYTES, MOST_TILES, PackedNf4
-from loramux_server.kernels.nvrtc import CudaKernel, TensorMap, load_kernel, tensor_map_3d, unavailable_reason
+from loramux_server.kernels.nvrtc import (
+    CudaKernel,
+    KernelError,
+    TensorMap,
+    load_kernel,
+    tensor_map_3d,
+    unavailable_reason,
+)
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _ARCH = "sm_90a"
@@ -31,11 +38,17 @@ _DEQUANTIZE_ARGUMENTS = (*(ctypes.c_void_p,) * 3, *(ctypes.c_int,) * 2)
 
 @functools.cache
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernel cannot run on a CUDA device, None if it can."""
+    """Why the kernel cannot run on a CUDA device, None if it can; found out by compiling a small one."""
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] != 9:
+    if capability != (9, 0):
         return f"it is written for compute capability 9.0, this device has {capability[0]}.{capability[1]}"
-    return unavailable_reason()
+    reason = unavailable_reason()
+    if reason is None:
+        try:
+            _dequantize_kernel()
+        except KernelError as error:
+            reason = str(error)
+    return reason
 
 
 def prepare(shape: tuple[int, int], device: torch.device) -> None:
@@ -43,12 +56,16 @@ def prepare(shape: tuple[int, int], device: torch.device) -> None:
     for rows in _TILE_ROWS:
         _linear_kernel(rows, _blocks_n(shape[0], rows, device))
     _dequantize_kernel()
+    _pairs(device)
+    nf4.levels(device)
 
 
 def linear(x: Tensor, weight: PackedNf4, bias: Tensor | None, *, batch_invariant: bool) -> Tensor:
     """`nf4.nf4_linear` on CUDA."""
     rows, (n, k) = x.shape[0], weight.shape
     assert x.shape[1] == k and x.is_contiguous() and x.dtype == torch.bfloat16, "x is [M, K] bfloat16, contiguous"
+    assert x.data_ptr() % 16 == 0, "x is 16-byte aligned"
+    assert bias is None or bias.dtype == torch.bfloat16, "bias is bfloat16"
     out = torch.empty(rows, n, dtype=torch.bfloat16, device=x.device)
     # Where K is cut depends on the number of tiles: to be invariant, each is a launch of its own.
     most = _TILE_ROWS[-1] * (1 if batch_invariant else MOST_TILES)
@@ -151,7 +168,8 @@ def _multiply16(tile_rows: int) -> str:
 __device__ __forceinline__ void multiply16(float* sum, const unsigned* a, unsigned long long b, int add) {{
   asm volatile(
       "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 5}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{tile_rows}k16.f32.bf16.bf16 {{{registers}}}, {{{a}}}, %{count + 4}, add, 1, 1, 0;\\n}}"
+      "wgmma.mma_async.sync.aligned.m64n{tile_rows}k16.f32.bf16.bf16 "
+      "{{{registers}}}, {{{a}}}, %{count + 4}, add, 1, 1, 0;\\n}}"
       : {sums} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }}
 """
@@ -159,7 +177,7 @@ __device__ __forceinline__ void multiply16(float* sum, const unsigned* a, unsign
 
 @functools.lru_cache(maxsize=4096)
 def _tensor_map(address: int, rows: int, k: int, tile_rows: int, blocks_k: int) -> TensorMap:
-    """x as [K / 64, M, 64], from which a stage takes a box of `[blocks_k, tile_rows, 64]`."""
+    """The tensor x as `[K / 64, M, 64]`, from which a stage takes a box of `[blocks_k, tile_rows, 64]`."""
     return tensor_map_3d(
         address, sizes=(BLOCK, rows, k // BLOCK), strides=(k * 2, BLOCK * 2), box=(BLOCK, tile_rows, blocks_k)
     )
@@ -168,9 +186,11 @@ def _tensor_map(address: int, rows: int, k: int, tile_rows: int, blocks_k: int) 
 @functools.cache
 def _pairs(device: torch.device) -> Tensor:
     """`[256]` int32: the bfloat16 levels of both codes of a byte, the low code's in the low half."""
-    levels = nf4.levels(device).to(torch.bfloat16)
-    byte = torch.arange(256, device=device)
-    return torch.stack((levels[byte & 15], levels[byte >> 4]), dim=1).contiguous().view(torch.int32).view(-1)
+    levels = nf4.levels(torch.device("cpu")).to(torch.bfloat16)
+    byte = torch.arange(256)
+    pairs = torch.stack((levels[byte & 15], levels[byte >> 4]), dim=1).view(torch.int32).view(-1)
+    # A copy that the host waits for: the kernel reads the table before what is right in front of it is over.
+    return pairs.to(device)
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import logging
 import threading
 import time
@@ -41,7 +40,7 @@ def unavailable_reason() -> str | None:
         except ModuleNotFoundError:
             found = False
         if not found:
-            return f"{package} is not installed: pip install 'loramux[server,cuda]'"
+            return f"{package} is not installed: pip install 'loramux[server,cuda]', or cuda-core for your CUDA"
     return None
 
 
@@ -194,12 +193,11 @@ def _versions() -> tuple[str, ...]:
 def _compile(source: str, name: str, arch: str) -> bytes:
     from cuda.core import Program, ProgramOptions
 
-    said = io.StringIO()
     try:
         program = Program(source, "c++", options=ProgramOptions(arch=arch, std=_STANDARD))
-        return bytes(program.compile("cubin", logs=said).code)
+        return bytes(program.compile("cubin").code)
     except Exception as error:  # noqa: BLE001 - cuda-core's own error classes are private
-        raise KernelError(f"{name} does not compile for {arch}: {error} {said.getvalue()}"[:_LOG_CHARACTERS]) from error
+        raise KernelError(f"{name} does not compile for {arch}: {error}"[:_LOG_CHARACTERS].rstrip("\0\n ")) from error
 
 
 def _loaded(binary: bytes, name: str, arguments: Sequence[Any], shared_bytes: int, overlap: bool) -> CudaKernel:
@@ -208,7 +206,7 @@ def _loaded(binary: bytes, name: str, arguments: Sequence[Any], shared_bytes: in
     error, library = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
     _check(f"{name} does not load", error)
     error, kernel = driver.cuLibraryGetKernel(library, name.encode())
-    _check(f"{name} is not in the binary", error)
+    _check(f"{name} does not load", error)
     error, function = driver.cuKernelGetFunction(kernel)
     _check(f"{name} does not load", error)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

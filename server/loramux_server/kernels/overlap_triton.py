@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 """Launches that overlap: on compute capability 9.0 a kernel may start while the one in front of it ends.
 
-A kernel that is launched with `launch_options()` calls `wait_for_front` before it touches memory. Until then it has only come
-onto the card; from then on everything in front of it is over and visible, and the next one may come.
+A kernel that is launched with `launch_options()` calls `wait_for_front` before it touches memory. Until then it has
+only come onto the card; from then on everything in front of it is over and visible, and the next one may come. That
+holds for kernels further in front, too: each ends after its own wait.
 """
 
 import functools

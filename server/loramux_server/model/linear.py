@@ -20,6 +20,7 @@ is `packed`, which has the same bits for every M if asked.
 import dataclasses
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -34,6 +35,8 @@ from loramux_server.kernels.capability import row_multiple
 from loramux_server.kernels.nf4 import PackedNf4, nf4_dequantize, nf4_linear
 
 Backend = Literal["dense", "packed", "bitsandbytes", "dequantize"]
+
+_log = logging.getLogger(__name__)
 
 _CUDA_INVARIANT_ROWS = 64
 # Beyond, reading W once for each 64 rows costs more than expanding it; measured on the shapes of a 7B.
@@ -103,9 +106,12 @@ class TuningTable:
             device: Where it runs.
             packed: Whether the bytes are in the order of our product.
         """
-        for row in self._rows.get((n, k), ()):
-            if m <= row.max_m and (row.backend == "dequantize" or (row.backend == "packed") == packed):
-                return row.backend
+        rows = self._rows.get((n, k), ())
+        # What was measured for our order of the bytes says nothing of the checkpoint's.
+        if packed or all(row.backend != "packed" for row in rows):
+            for row in rows:
+                if m <= row.max_m:
+                    return row.backend
         if packed:
             return "packed" if m <= _MOST_PACKED else "dequantize"
         if device.type == "cuda" and m <= 64 and bitsandbytes_available():
@@ -115,7 +121,16 @@ class TuningTable:
 
 def packable(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether our product takes a weight `[N, K]` of this shape here."""
-    return packing.unsupported(device, dtype) is None and packing.shape_unsupported(shape) is None
+    cause = packing.unsupported(device, dtype) or packing.shape_unsupported(shape)
+    if cause is not None and device.type == "cuda":
+        _log_not_packed(cause)
+    return cause is None
+
+
+@functools.cache
+def _log_not_packed(cause: str) -> None:
+    """Log once for each cause."""
+    _log.info("NF4 products go without the packed one: %s", cause)
 
 
 def dequantize(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
@@ -177,8 +192,8 @@ class Linear:
         elif shadow:
             self._dense = dequantize(weight.to(device), dtype)
         elif self._table.packs(*weight.shape) and packable(weight.shape, dtype, device):
-            packing.prepare(weight.shape, device)
             self._packed = packing.pack(weight.to(device))
+            packing.prepare(weight.shape, self._packed.blocks.device)
         else:
             self._nf4 = weight.to(device)
         self._device = device

@@ -48,7 +48,8 @@ class Measured:
 
     def best(self, backends: Collection[Backend]) -> Backend:
         """The fastest of some backends."""
-        return min((backend for backend in self.seconds if backend in backends), key=lambda backend: self.seconds[backend])
+        here = [backend for backend in self.seconds if backend in backends]
+        return min(here, key=lambda backend: self.seconds[backend])
 
 
 def measure(

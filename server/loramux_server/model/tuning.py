@@ -233,9 +233,10 @@ def find_tuning(card: str, spec: ModelSpec) -> TuningFile | None:
         logger.warning("%s is not used, it was measured with %s; %s; until then %s", path, strange, _HOW, _UNTUNED)
         return None
     here = cuda_backends()
-    rows = [row for row in found.rows if row.backend in here]
-    if len(rows) < len(found.rows):
-        # The library is installed and does not load: what chose its product follows the heuristic again.
+    gone = {(row.n, row.k) for row in found.rows if row.backend not in here}
+    rows = [row for row in found.rows if (row.n, row.k) not in gone]
+    if gone:
+        # The library is installed and does not load: shapes that chose its product follow the heuristic again.
         logger.warning("%s names backends that are not here, %s are; %s", path, here, _HOW)
     if set(product_shapes(spec)) - {(row.n, row.k) for row in found.rows}:
         logger.info("%s has nothing of this model's products: %s; %s", path, _UNTUNED, _HOW)

@@ -145,6 +145,22 @@ def test_rows_leave_until_the_hole_fits() -> None:
     arena.check_integrity()
 
 
+def test_only_what_is_in_the_way_leaves() -> None:
+    arena = HostArena(8 * SIZE, device=CPU)
+    for key in "abcdefgh":
+        put(arena, key)
+    for key in "acegbdfh":
+        leased(arena, key).release()
+    wide = arena.reserve("wide", 2 * SIZE)
+    assert wide is not None and [key for key in "abcdefgh" if key in arena] == list("cdefgh")
+    wide.release()
+    spared = arena.reserve("wide", 3 * SIZE, spare={"c", "e"})
+    assert spared is not None and [key for key in "abcdefgh" if key in arena] == list("cde")
+    spared.release()
+    assert arena.reserve("wide", 7 * SIZE) is not None and "d" not in arena and "e" not in arena
+    arena.check_integrity()
+
+
 def test_an_arena_of_nothing_keeps_nothing() -> None:
     arena = HostArena(0, device=CPU)
     assert arena.reserve("a", 1) is None and arena.used == 0

@@ -1,5 +1,7 @@
 """One linear op, several backends: equal values, choice by table, bytes reported, rows independent of the batch."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,16 @@ from torch import Tensor
 
 from loramux_base import nf4
 from loramux_server.kernels.capability import row_multiple
-from loramux_server.model.linear import Linear, TuningRow, TuningTable, _linear_in_blocks, linear_row_stable
+from loramux_server.kernels.nf4 import nf4_linear_torch, pack
+from loramux_server.model import linear as linear_module
+from loramux_server.model.linear import (
+    Linear,
+    TuningRow,
+    TuningTable,
+    _linear_in_blocks,
+    linear_row_stable,
+    packable,
+)
 
 CPU = torch.device("cpu")
 
@@ -78,6 +89,76 @@ def test_our_product_is_chosen_only_where_the_bytes_are_in_its_order() -> None:
     chosen = [table.choose(8, 64, m, CPU, packed=packed) for packed in (True, False) for m in (1, 100, 101)]
     assert chosen == ["packed", "packed", "dequantize", "dequantize", "dequantize", "dequantize"]
     assert [table.choose(9, 9, m, CPU, packed=True) for m in (1, 256, 257)] == ["packed", "packed", "dequantize"]
+
+
+def test_what_was_measured_for_our_order_says_nothing_of_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "bitsandbytes_available", lambda: True)
+    cuda = torch.device("cuda")
+    table = TuningTable(
+        [
+            TuningRow(n=8, k=64, max_m=4, backend="packed"),
+            TuningRow(n=8, k=64, max_m=2**31 - 1, backend="dequantize"),
+        ]
+    )
+    assert [table.choose(8, 64, m, cuda) for m in (1, 64, 65)] == ["bitsandbytes", "bitsandbytes", "dequantize"]
+    assert [table.choose(8, 64, m, cuda, packed=True) for m in (4, 5)] == ["packed", "dequantize"]
+
+
+def test_our_product_is_not_to_be_had_on_the_cpu() -> None:
+    assert not packable((64, 64), torch.bfloat16, CPU)
+
+
+def test_on_cuda_the_log_says_once_why_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(linear_module.packing, "unsupported", lambda device, dtype: "its package is not installed")
+    linear_module._log_not_packed.cache_clear()
+    with caplog.at_level(logging.INFO, logger=linear_module.__name__):
+        assert not any(packable((64, 64), torch.bfloat16, torch.device("cuda")) for _ in range(3))
+        packable((64, 64), torch.bfloat16, CPU)
+    assert caplog.messages == ["NF4 products go without the packed one: its package is not installed"]
+
+
+def test_our_product_is_not_to_be_had_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module.packing, "unsupported", lambda device, dtype: None)
+    shapes = [(64, 64), (63, 64), (64, 96)]
+    assert [packable(shape, torch.bfloat16, CPU) for shape in shapes] == [True, False, False]
+
+
+@pytest.fixture
+def takes_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed here, too; the product of them is the torch form."""
+    monkeypatch.setattr(linear_module, "packable", lambda shape, dtype, device: True)
+    monkeypatch.setattr(linear_module.packing, "prepare", lambda shape, device: None)
+
+
+@pytest.mark.usefixtures("takes_packed")
+class TestPacked:
+    def test_up_to_256_rows_are_our_product(self) -> None:
+        quantized, bias, x = nf4.quantize(drawn(96, 128)), drawn(96, seed=1), drawn(300, 128, seed=2)
+        layer, dense = linear(quantized, bias), linear(quantized, bias, shadow=True)
+        assert [layer.backend(rows) for rows in (1, 256, 257)] == ["packed", "packed", "dequantize"]
+        assert torch.equal(layer(x[:7]), nf4_linear_torch(x[:7], pack(quantized), bias))
+        assert torch.equal(layer(x), dense(x))
+        assert torch.equal(layer.dense_weight(), dense.dense_weight())
+
+    def test_batch_invariant_products_are_ours_for_every_row_count(self) -> None:
+        layer = linear(nf4.quantize(drawn(96, 128)), batch_invariant=True)
+        assert {layer.backend(rows) for rows in (1, 256, 257, 5000)} == {"packed"}
+
+    def test_its_bytes_are_of_whole_blocks(self) -> None:
+        quantized = nf4.quantize(drawn(96, 128))
+        assert linear(quantized).nbytes == 128 * 128 // 2 + 128 * 128 // 64 * 4
+        assert linear(quantized, drawn(96)).nbytes == linear(quantized).nbytes + 96 * 4
+
+    def test_a_table_with_the_fused_product_keeps_the_checkpoints_order(self) -> None:
+        table = TuningTable([TuningRow(n=96, k=128, max_m=8, backend="bitsandbytes")])
+        layer = linear(nf4.quantize(drawn(96, 128)), table=table)
+        assert (layer.backend(8), layer.backend(9)) == ("bitsandbytes", "dequantize")
+        assert layer.nbytes == 96 * 128 // 2 + 96 * 128 // 64 * 4
+
+    def test_a_shadow_is_never_packed(self) -> None:
+        assert linear(nf4.quantize(drawn(96, 128)), shadow=True).backend(1) == "dense"
 
 
 def test_batch_invariant_choice_ignores_the_row_count() -> None:

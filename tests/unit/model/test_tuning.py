@@ -14,8 +14,8 @@ import torch
 from loramux_base.checkpoint import read_json
 from loramux_server import tune_command
 from loramux_server.engine.prefill_times import ChunkTime
-from loramux_server.model import tuning
-from loramux_server.model.linear import Backend, TuningRow
+from loramux_server.model import linear, tuning
+from loramux_server.model.linear import Backend, TuningRow, TuningTable
 from loramux_server.model.product_times import Measured, choices, measure, product_shapes
 from loramux_server.model.spec import ModelSpec
 from loramux_server.model.tuning import (
@@ -182,9 +182,23 @@ class TestWhatDoesNotHold:
         monkeypatch.setattr(tuning, "bitsandbytes_available", lambda: False)
         found = find_tuning(CARD, spec)
         n, k = product_shapes(spec)[0]
-        assert found is not None and {row.backend for row in found.rows} == {"dequantize"}
-        assert found.table().choose(n, k, 1, CUDA) == "dequantize"
+        assert found is not None and found.rows == []
+        assert found.table().choose(n, k, 1, CUDA) == TuningTable().choose(n, k, 1, CUDA)
+        assert found.chunk(spec) == 1024
         assert "not here" in caplog.text
+
+    def test_our_product_gone_leaves_its_shapes_to_the_fused_one(
+        self, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(linear, "bitsandbytes_available", lambda: True)
+        (n, k), *others = product_shapes(spec)
+        rows = [TuningRow(n=n, k=k, max_m=max_m, backend=name) for max_m, name in ((9, "packed"), (99, "dequantize"))]
+        rows += [TuningRow(n=n, k=k, max_m=2**31 - 1, backend="dequantize") for n, k in others]
+        TuningFile.of(CARD, rows).save(tuning_path(CARD))
+        found = find_tuning(CARD, spec)
+        assert found is not None and {(row.n, row.k) for row in found.rows} == set(others)
+        chosen = [found.table().choose(*shape, 64, CUDA) for shape in ((n, k), others[0])]
+        assert chosen == ["bitsandbytes", "dequantize"]
 
     def test_another_model_has_no_chunk(self, spec: ModelSpec, file: TuningFile) -> None:
         assert msgspec.structs.replace(file, chunks=[]).chunk(spec) is None
