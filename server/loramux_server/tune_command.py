@@ -9,6 +9,8 @@ import torch
 from loramux_base.checkpoint import read_json
 from loramux_server.config import ConfigError
 from loramux_server.engine.config import EngineConfig
+from loramux_server.engine.out_of_memory import is_out_of_memory
+from loramux_server.engine.plan import OutOfMemory
 from loramux_server.engine.prefill_times import ChunkTime, best_chunk, chunk_ladder, time_chunks
 from loramux_server.engine.runner import build_runner
 from loramux_server.model.linear import TuningTable
@@ -59,7 +61,14 @@ def tune(directory: Path, *, dry_run: bool = False) -> str:
         measured = measure(product_shapes(spec), CudaTimer(device, default_dtype(device)), backends=cuda_backends())
     torch.cuda.empty_cache()
     rows = choices(measured)
-    times = prefill_times(directory, spec, TuningTable(rows), device="cuda")
+    try:
+        times = prefill_times(directory, spec, TuningTable(rows), device="cuda")
+    except ConfigError as error:
+        if dry_run:
+            raise
+        # What took minutes to measure is not lost with it.
+        written = "; ".join(write(TuningFile.of(card, rows), path))
+        raise ConfigError(f"{error}; no prefill chunk was measured, the backends were: {written}") from error
     chunks = {model_key(spec): best_chunk(times)} if times else {}
     lines = [report(measured), *chunk_report(times)]
     if dry_run:
@@ -82,7 +91,7 @@ def prefill_times(directory: Path, spec: ModelSpec, table: TuningTable, *, devic
         A time for each chunk; none for a model whose sequences are shorter than the smallest one.
 
     Raises:
-        ConfigError: It cannot be loaded here.
+        ConfigError: It cannot be loaded here, or the device has no room for it.
     """
     chunks = chunk_ladder(spec.max_position - 1)
     if not chunks:
@@ -107,8 +116,14 @@ def prefill_times(directory: Path, spec: ModelSpec, table: TuningTable, *, devic
         runner = build_runner(config, table=table)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--model {directory}: {error}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _no_room(directory) from error
     try:
         return time_chunks(runner, chunks)
+    except OutOfMemory as error:
+        raise _no_room(directory) from error
     finally:
         runner.close()
 
@@ -157,6 +172,13 @@ def chunk_report(times: Sequence[ChunkTime]) -> list[str]:
         + ("  -> chosen" if one.tokens == best else "")
         for one in times
     ]
+
+
+def _no_room(directory: Path) -> ConfigError:
+    return ConfigError(
+        f"--model {directory}: the device ran out of memory while its prefill was timed; end what else uses the device, "
+        "or take a smaller base"
+    )
 
 
 def _must_be_writable(path: Path) -> None:

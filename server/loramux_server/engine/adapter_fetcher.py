@@ -172,7 +172,7 @@ class AdapterFetcher:
             TimeoutError: It took longer.
         """
         until = time.monotonic() + timeout
-        while self._fetches or self._writer.unwritten:
+        while not self._idle():
             if time.monotonic() > until:
                 raise TimeoutError("adapters are still being read or written")
             time.sleep(0.001)
@@ -184,6 +184,11 @@ class AdapterFetcher:
         for thread in (self._ahead, self._demand):
             thread.shutdown()
         self._writer.close()
+
+    def _idle(self) -> bool:
+        # What was read is handed to the writer under the lock.
+        with self._lock:
+            return not self._fetches and not self._writer.unwritten
 
     # --- threads ---------------------------------------------------------------------------------------------------
 

@@ -58,8 +58,10 @@ class BlobWriter:
         """Log what is wrong with a blob, once a version."""
         key = f"{directory}: {text}"
         level = logging.DEBUG if key in self._complaints else logging.WARNING
-        if len(self._complaints) < _MAX_COMPLAINTS:
-            self._complaints.add(key)
+        if len(self._complaints) >= _MAX_COMPLAINTS:
+            # Some are told again; memory stays flat, and what comes now is not told at every load.
+            self._complaints.clear()
+        self._complaints.add(key)
         logger.log(level, "adapter %s: %s", directory.name, text)
 
     def close(self) -> None:

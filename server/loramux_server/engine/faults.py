@@ -65,14 +65,17 @@ class Faults:
         fields: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             name, _, argument = item.partition(":")
-            if name in _COUNTS:
-                fields[name] = int(argument)
-            elif name == "slow_step":
-                fields[name] = float(argument) / 1000
-            elif name == "load_fail" and argument:
-                fields[name] = argument
-            else:
-                raise ValueError(f"{VARIABLE}: {item!r} is not a fault point")
+            try:
+                if name in _COUNTS:
+                    fields[name] = int(argument)
+                elif name == "slow_step":
+                    fields[name] = float(argument) / 1000
+                elif name == "load_fail" and argument:
+                    fields[name] = argument
+                else:
+                    raise ValueError("no such name, or no argument")
+            except ValueError as error:
+                raise ValueError(f"{VARIABLE}: {item!r} is not a fault point: {error}") from error
         return cls(**fields)
 
 

@@ -136,7 +136,11 @@ def _residency(
     asked = config.host_adapter_bytes
     host_bytes = arena_bytes(asked, cuda=model.device.type == "cuda")
     if asked is not None and host_bytes < asked:
-        logger.warning("host_adapter_bytes: %d is over half of this machine's memory; %d are used", asked, host_bytes)
+        logger.warning(
+            "--host-adapter-gib: %.2f is over half of this machine's memory; %.2f GiB are used, ask for no more",
+            asked / 2**30,
+            host_bytes / 2**30,
+        )
     loader = AdapterLoader(
         slab,
         shapes,

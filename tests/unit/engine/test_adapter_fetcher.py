@@ -374,6 +374,17 @@ class TestBlobs:
             "adapter a: serving.slab cannot be written (Read-only file system); loads read the adapter"
         ]
 
+    def test_complaints_are_told_once_however_many_there_are(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(blob_writer, "_MAX_COMPLAINTS", 2)
+        writer = blob_writer.BlobWriter()
+        for name in "aabbccc":
+            writer.complain(Path("/store") / name, "no")
+        writer.close()
+        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert told == ["adapter a: no", "adapter b: no", "adapter c: no"]
+
     def test_a_version_that_was_deleted_meanwhile_is_nobodys_fault(
         self, store: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -140,6 +140,18 @@ def test_adapters_that_come_from_host_and_blobs_give_the_same_tokens(directory: 
     assert not any((directory / f"v{number}" / BLOB_NAME).exists() for number in range(3)), "not asked for"
 
 
+def test_too_much_host_memory_is_cut_and_told(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pages = {"SC_PHYS_PAGES": 1 << 18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    engine, close = make_engine(directory, kv_pages=20, host_adapter_bytes=3 << 29)
+    assert engine.stats().host_bytes_total == 1 << 29
+    close()
+    told = "--host-adapter-gib: 1.50 is over half of this machine's memory; 0.50 GiB are used, ask for no more"
+    assert told in [record.getMessage() for record in caplog.records]
+
+
 def test_steps_that_run_out_of_memory_leave_no_trace(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = make_requests()
     engine, close = make_engine(directory, kv_pages=100, rank_units=3, max_slots=3, schedule_ahead=True)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from loramux_base.checkpoint import read_json
+from loramux_server import tune_command
+from loramux_server.config import ConfigError
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.limits import DEFAULT_PREFILL_CHUNK
-from loramux_server.engine.plan import StepPlan, StepResult
+from loramux_server.engine.plan import OutOfMemory, StepPlan, StepResult
 from loramux_server.engine.prefill_times import ChunkTime, best_chunk, chunk_ladder, time_chunks
 from loramux_server.model.linear import TuningTable
 from loramux_server.model.spec import ModelSpec
@@ -78,6 +81,26 @@ def test_a_real_runner_is_timed(tmp_path: Path) -> None:
     assert [one.tokens for one in times] == [128, 256]
     lines = chunk_report(times)
     assert len(lines) == 2 and sum("-> chosen" in line for line in lines) == 1 and "tokens/s" in lines[0]
+
+
+@pytest.mark.parametrize("where", ["build_runner", "time_chunks"])
+def test_a_base_that_the_device_has_no_room_for_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    base = make_checkpoint(tmp_path / "m", max_position=300)
+    spec = ModelSpec.from_config(read_json(base / "config.json"))
+    errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def fail(*arguments: object, **options: object) -> object:
+        raise errors[-1] if where == "build_runner" else OutOfMemory("step of 256 tokens")
+
+    monkeypatch.setattr(tune_command, where, fail)
+    with pytest.raises(ConfigError, match=r"--model .*: the device ran out of memory .*; end what else uses"):
+        prefill_times(base, spec, TuningTable(), device="cpu")
+    errors.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    if where == "build_runner":
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            prefill_times(base, spec, TuningTable(), device="cpu")
 
 
 def test_a_model_of_short_sequences_has_nothing_to_choose(tmp_path: Path) -> None:

@@ -114,8 +114,9 @@ def test_on_cuda_the_log_says_once_why_there_is_none(
     monkeypatch.setattr(linear_module.packing, "unsupported", lambda device, dtype: "its package is not installed")
     linear_module._log_not_packed.cache_clear()
     with caplog.at_level(logging.INFO, logger=linear_module.__name__):
-        assert not any(packable((64, 64), torch.bfloat16, torch.device("cuda")) for _ in range(3))
         packable((64, 64), torch.bfloat16, CPU)
+        assert not caplog.messages
+        assert not any(packable((64, 64), torch.bfloat16, torch.device("cuda")) for _ in range(3))
     assert caplog.messages == ["NF4 products go without the packed one: its package is not installed"]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from loramux_base.checkpoint import read_json
 from loramux_server import tune_command
+from loramux_server.config import ConfigError
 from loramux_server.engine.prefill_times import ChunkTime
 from loramux_server.model import linear, tuning
 from loramux_server.model.linear import Backend, TuningRow, TuningTable
@@ -340,6 +341,23 @@ class TestCommand:
     def test_a_dry_run_writes_nothing(self, tmp_path: Path, cache: Path) -> None:
         text = tune_command.tune(make_checkpoint(tmp_path / "m"), dry_run=True)
         assert text.endswith(f"nothing written, as asked; {tuning_path(CARD)} would be") and not cache.exists()
+
+    def test_a_base_that_cannot_be_loaded_leaves_what_was_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: object, **options: object) -> list[ChunkTime]:
+            raise ConfigError("--model m: no weights")
+
+        base = make_checkpoint(tmp_path / "m")
+        spec = ModelSpec.from_config(read_json(base / "config.json"))
+        monkeypatch.setattr(tune_command, "prefill_times", fail)
+        with pytest.raises(ConfigError, match="no weights$"):
+            tune_command.tune(base, dry_run=True)
+        assert not tuning_path(CARD).exists()
+        with pytest.raises(ConfigError, match=f"no weights; no prefill chunk .*: wrote {tuning_path(CARD)}"):
+            tune_command.tune(base)
+        found = find_tuning(CARD, spec)
+        assert found is not None and found.rows and found.chunk(spec) is None
 
     def test_a_folder_that_cannot_be_written_is_told_before_measuring(
         self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
