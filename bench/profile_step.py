@@ -5,11 +5,13 @@
 
 The step's time is the host's clock over steps without the profiler; kernels are those of further steps under it. The
 random model and the adapters are made under --work where they are missing, as `serve.py --work` makes them. On the CPU
-(--device cpu, for a try of the command) operations stand for kernels.
+(--device cpu, for a try of the command) operations stand for kernels. Launches do not overlap here unless --overlap is
+given, so that a kernel's time is its own; the server's step is shorter by what overlaps.
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +43,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
     parser.add_argument("--shadow", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument(
+        "--overlap", action="store_true", help="let launches overlap, as in the server: kernels' times then hold waits"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every step, also for serve.py --profile")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the steps; needs matplotlib")
     parser.add_argument(
@@ -58,6 +63,8 @@ def main() -> None:
             parser.error("--work is missing: the folder of the random checkpoint and the adapters")
         found = environment(arguments.device)
         print(heading(found))
+        if not arguments.overlap:
+            os.environ["LORAMUX_KERNEL_OVERLAP"] = "0"
         steps = _measure(arguments)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"environment": found, "steps": steps}, indent=1) + "\n")

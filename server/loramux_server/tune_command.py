@@ -176,8 +176,8 @@ def chunk_report(times: Sequence[ChunkTime]) -> list[str]:
 
 def _no_room(directory: Path) -> ConfigError:
     return ConfigError(
-        f"--model {directory}: the device ran out of memory while its prefill was timed; end what else uses the device, "
-        "or take a smaller base"
+        f"--model {directory}: the device ran out of memory while its prefill was timed; end what else uses the "
+        "device, or take a smaller base"
     )
 
 

@@ -71,10 +71,11 @@ class BlobWriter:
     def _write(self, directory: Path, lease: Lease, binding: str) -> None:
         try:
             write_blob(directory, lease.rows, binding=binding)
+        except FileNotFoundError:
+            # The directory belonged to a version that was deleted, and may have come back meanwhile.
+            logger.debug("adapter %s: deleted while %s was written", directory.name, BLOB_NAME)
         except OSError as error:
-            # A directory that is gone belonged to a version that was deleted.
-            if directory.is_dir():
-                self.complain(directory, f"{BLOB_NAME} cannot be written ({error.strerror}); loads read the adapter")
+            self.complain(directory, f"{BLOB_NAME} cannot be written ({error.strerror}); loads read the adapter")
 
     def _written(self, lease: Lease, writing: "concurrent.futures.Future[None]") -> None:
         lease.release()

@@ -17,8 +17,8 @@ from loramux_server.model.spec import ModelSpec
 
 # Float32 copies of the logits that sampling with every parameter holds at once.
 _LOGIT_COPIES = 4
-# cuBLAS' workspace, as torch sets it from compute capability 9.0 on, for each stream that multiplies: steps and captures,
-# and what torch keeps for the default one.
+# cuBLAS' workspace, as torch sets it from compute capability 9.0 on, for each stream that multiplies: the default one,
+# that of the steps, that of captures.
 _CUBLAS_BYTES = 3 * (32 << 20)
 # Most splits of the KV cache that a row leaves partial sums for, and tokens of the smallest.
 _MOST_SPLITS, _SPLIT_TOKENS = 32, 256

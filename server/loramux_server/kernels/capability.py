@@ -10,6 +10,7 @@ of norm, rotary embedding and activation can be captured like any other launch.
 import functools
 import importlib.util
 import logging
+import os
 
 import torch
 
@@ -28,6 +29,19 @@ def triton_available() -> bool:
     if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= _MIN_CAPABILITY
+
+
+@functools.cache
+def launches_overlap() -> bool:
+    """Tell whether a kernel may be launched before the one in front of it is over (programmatic dependent launch).
+
+    Returns:
+        True on compute capability 9.0 and later, unless the variable `LORAMUX_KERNEL_OVERLAP` is 0: a profile by kernel
+        wants that, since a kernel that waits for the one in front would count its wait.
+    """
+    if os.environ.get("LORAMUX_KERNEL_OVERLAP") == "0" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)
 
 
 def use_triton(tensor: torch.Tensor, operation: str, unsupported: str | None = None) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loramux_base import nf4
+from loramux_server.kernels.capability import launches_overlap
 from loramux_server.kernels.nf4 import BLOCK, BLOCK_BYTES, MOST_TILES, PackedNf4
 from loramux_server.kernels.nvrtc import (
     CudaKernel,
@@ -143,7 +144,7 @@ def _linear_kernel(tile_rows: int, blocks_n: int) -> CudaKernel:
         arch=_ARCH,
         arguments=_LINEAR_ARGUMENTS,
         shared_bytes=_TABLE_BYTES + stages * (stage + 16) + 16,
-        overlap=True,
+        overlap=launches_overlap(),
     )
 
 

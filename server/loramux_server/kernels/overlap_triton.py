@@ -8,18 +8,17 @@ holds for kernels further in front, too: each ends after its own wait.
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
+
+from loramux_server.kernels.capability import launches_overlap
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton before 3.4
     gdc_wait = gdc_launch_dependents = None
 
-OVERLAPS: tl.constexpr = tl.constexpr(
-    gdc_wait is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-)
+OVERLAPS: tl.constexpr = tl.constexpr(gdc_wait is not None and launches_overlap())
 
 
 @triton.jit

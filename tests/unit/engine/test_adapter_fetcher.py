@@ -385,19 +385,25 @@ class TestBlobs:
         told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert told == ["adapter a: no", "adapter b: no", "adapter c: no"]
 
+    @pytest.mark.parametrize("back", [False, True])
     def test_a_version_that_was_deleted_meanwhile_is_nobodys_fault(
-        self, store: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, store: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, back: bool
     ) -> None:
         write = blob_writer.write_blob
 
         def late(directory: Path, *arguments: object, **options: object) -> None:
-            shutil.rmtree(directory)
-            write(directory, *arguments, **options)  # type: ignore[arg-type]
+            directory.rename(store / "trash")
+            try:
+                write(directory, *arguments, **options)  # type: ignore[arg-type]
+            finally:
+                if back:
+                    (store / "trash").rename(directory)
 
         monkeypatch.setattr(blob_writer, "write_blob", late)
         with hosting(store, blobs=True) as host:
             assert host.value("a") == 1
-        assert not caplog.records and not (store / "a").exists()
+        assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+        assert (store / "a").exists() == back
 
     def test_rows_that_are_being_written_stay(self, store: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
         go, writing = threading.Event(), threading.Event()

@@ -145,7 +145,7 @@ def test_too_much_host_memory_is_cut_and_told(
 ) -> None:
     pages = {"SC_PHYS_PAGES": 1 << 18, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr("os.sysconf", pages.__getitem__)
-    engine, close = make_engine(directory, kv_pages=20, host_adapter_bytes=3 << 29)
+    engine, close = make_engine(directory, kv_pages=100, host_adapter_bytes=3 << 29)
     assert engine.stats().host_bytes_total == 1 << 29
     close()
     told = "--host-adapter-gib: 1.50 is over half of this machine's memory; 0.50 GiB are used, ask for no more"

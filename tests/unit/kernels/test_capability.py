@@ -69,3 +69,23 @@ def test_a_fallback_is_logged_once_for_each_cause(
         assert capability.use_triton(on_cuda, "some_op", cause) == (cause is None)  # type: ignore[arg-type]
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [f"some_op runs in its torch form, several times slower: test cause {n}" for n in ("one", "two")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "found", "overlaps"),
+    [(None, (9, 0), True), ("0", (9, 0), False), ("1", (10, 0), True), (None, (8, 9), False)],
+)
+def test_where_launches_overlap(
+    setting: str | None, found: tuple[int, int], overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found)
+    monkeypatch.delenv("LORAMUX_KERNEL_OVERLAP", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("LORAMUX_KERNEL_OVERLAP", setting)
+    assert capability.launches_overlap.__wrapped__() is overlaps
+
+
+def test_nothing_overlaps_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not capability.launches_overlap.__wrapped__()

@@ -34,9 +34,7 @@ def test_what_is_put_is_found_by_the_next_start(tmp_path: Path) -> None:
         lambda content: bytes([content[0] ^ 1]) + content[1:],
     ],
 )
-def test_a_damaged_binary_is_removed_and_said(
-    damage: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_binary_is_removed_and_said(damage: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = KernelCache(tmp_path)
     cache.put(NAME, bytes(range(64)))
     path = tmp_path / f"{NAME}.cubin"
