@@ -194,7 +194,12 @@ def _check_files(directory: Path) -> None:
             name = entry.name
             if count >= _MAX_ENTRIES:
                 raise incompatible("directory", f"the adapter directory holds more than {_MAX_ENTRIES} entries")
-            if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+            try:
+                mode = entry.stat(follow_symlinks=False).st_mode
+            except FileNotFoundError:
+                # A server renames what it has written beside the adapter.
+                continue
+            if not stat.S_ISREG(mode):
                 raise incompatible(name, f"{shown(name)} is a link or a directory; keep regular files only")
             suffix = Path(name).suffix.lower()
             if suffix in _PICKLES:
