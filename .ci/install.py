@@ -72,7 +72,9 @@ def install(kind: str, venv: Path, torch_index: str) -> None:
     command += ["--progress-bar", "off"]
     if index:
         command += ["--extra-index-url", index]
-    command += ["-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[{EXTRAS[kind]}]", "-e", str(ROOT / "demo")]
+    # The kernels that are compiled on the card need what no CPU does.
+    extras = f"{EXTRAS[kind]},cuda" if build == "cuda" else EXTRAS[kind]
+    command += ["-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[{extras}]", "-e", str(ROOT / "demo")]
     run_pip(command, venv / f"install-{kind}.log")
 
 

@@ -90,6 +90,20 @@ def test_an_index_that_does_not_answer_is_left_out_and_that_is_said(
         assert dead in line and "does not answer" in line
 
 
+@pytest.mark.parametrize(("build", "extras"), [("cpu", "server,trainer"), ("cuda", "server,trainer,cuda")])
+def test_what_compiles_on_a_card_comes_with_torchs_cuda_build(
+    build: str, extras: str, install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(install, "choose_index", lambda wanted: ("", build))
+    monkeypatch.setattr(install, "ensure_venv", lambda venv: None)
+    monkeypatch.setattr(install, "announce", lambda *arguments: None)
+    monkeypatch.setattr(install, "run_pip", lambda command, log: ran.append(command))
+    install.install("demo", tmp_path, "auto")
+    [command] = ran
+    assert f"{SCRIPT.parents[1]}[{extras}]" in command
+
+
 def test_a_python_without_venv_is_named_with_the_package(
     install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
