@@ -19,8 +19,11 @@ from loramux_server.option import REQUIRED, Option, convert, shown
 from loramux_server.option import ConfigError as ConfigError
 
 ENVIRONMENT_PREFIX = "LORAMUX_"
-# Variables with our prefix that are no settings: of the SDK and its command line, and of the engine's fault points.
-_FOREIGN_VARIABLES = frozenset({"ADDRESS", "TOKEN", "TOKEN_FILE", "CA", "FAULT", "CONFIG"})
+# Variables with our prefix that are no settings: of the SDK and its command line, of the engine's fault points and its
+# compiled kernels.
+_FOREIGN_VARIABLES = frozenset(
+    {"ADDRESS", "TOKEN", "TOKEN_FILE", "CA", "FAULT", "CONFIG", "KERNEL_CACHE", "KERNEL_OVERLAP"}
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

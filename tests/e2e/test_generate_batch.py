@@ -10,8 +10,11 @@ import pytest
 from google.rpc import error_details_pb2
 
 from loramux.v1 import generation_pb2 as pb
-from loramux_server.engine.messages import Add, ErrorSpec
+from loramux_server.engine.aliases import AliasTable
+from loramux_server.engine.messages import Add, ErrorSpec, PutAlias
+from loramux_server.tenancy.records import TargetRecord
 from tests.support.front_end import FrontEnd, detail, front_end, reason_of, text_request
+from tests.support.lifecycle_doubles import new_version
 from tests.support.scripted_engine import Script, ScriptedEngines
 
 
@@ -125,6 +128,50 @@ async def test_a_reader_that_lags_pauses_the_batch_and_loses_nothing(tmp_path: P
             ended += response.event.HasField("usage")
         assert (tokens, ended) == (count * 320, count)
         await server.assert_at_rest()
+
+
+def split(server: FrontEnd, *weights: int) -> None:
+    """Give the adapter `bot` versions of its own with such shares of its traffic."""
+    registry, table = server.app.lifecycle.registry, server.app.lifecycle.table
+    targets = []
+    for number, weight in enumerate(weights):
+        change = registry.commit_version(new_version(content=f"v{number}"))
+        table.apply(change)
+        targets.append(TargetRecord(digest=change.result.digest, weight=weight))
+    table.apply(registry.update_adapter("default", "bot", traffic=targets))
+
+
+async def test_pinned_items_stay_on_the_version_of_their_split_key(tmp_path: Path) -> None:
+    async with front_end(tmp_path) as server:
+        split(server, 3, 1)
+        keys = [f"user-{number % 16}" for number in range(48)]
+        requests = [pb.GenerateRequest(text="a", adapter="bot", sampling={"split_key": key}) for key in keys]
+        answers = await run(server, items(*requests, pin_versions=True))
+        assert all(answer[-1].event.HasField("usage") for answer in answers.values())
+        adds = server.engines.adds
+        assert len(adds) == len(keys) and {add.alias for add in adds} == {None}
+        # What the engine chooses for a single request of that key.
+        aliases = AliasTable()
+        for command in server.engines.commands:
+            if isinstance(command, PutAlias):
+                aliases.put(command.spec)
+        for add in adds:
+            chosen = aliases.resolve("tenants/default/adapters/bot", split_key=add.split_key, seed=0)
+            assert chosen is not None and add.version == chosen[0]
+        assert len({add.version for add in adds}) == 2
+
+
+async def test_pinned_items_without_a_split_key_share_one_version(tmp_path: Path) -> None:
+    async with front_end(tmp_path) as server:
+        split(server, 1, 1)
+        drawn = set()
+        for _ in range(16):
+            server.engines.commands.clear()
+            names = ["bot", "tenants/default/adapters/bot"] * 2
+            await run(server, items(*[pb.GenerateRequest(text="a", adapter=name) for name in names], pin_versions=True))
+            (version,) = {add.version for add in server.engines.adds}
+            drawn.add(version)
+        assert len(drawn) == 2
 
 
 async def test_leaving_a_batch_frees_every_item(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def test_the_table_and_the_class_agree() -> None:
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("port: 1\nmax_queued: 7\nprefix_cache: false\nshadow: true\n")
-    config = load({"port": "3"}, file, LORAMUX_PORT="2", LORAMUX_MAX_SLOTS="9", LORAMUX_TOKEN="t", HOME="/")
+    other = {"LORAMUX_TOKEN": "t", "LORAMUX_KERNEL_CACHE": "/k", "LORAMUX_KERNEL_OVERLAP": "0", "HOME": "/"}
+    config = load({"port": "3"}, file, LORAMUX_PORT="2", LORAMUX_MAX_SLOTS="9", **other)
     assert (config.port, config.max_queued, config.max_slots, config.max_rank) == (3, 7, 9, 64)
     assert config.prefix_cache is False and config.shadow is True and config.batch_invariant is False
 

@@ -101,7 +101,7 @@ class TestVersions:
         }
         for requirements in project().values():
             for requirement in requirements:
-                name = re.match(r"[A-Za-z0-9_.-]+?(?=(\[[^]]*\])?[><=!~])", requirement)
+                name = re.match(r"[A-Za-z0-9_.-]+?(?=[><=!~])", requirement)
                 assert name is not None, f"{requirement} has no range"
                 assert re.sub(r"[-_.]+", "-", name[0]).lower() in pins, f"{requirement} is not in constraints.txt"
 

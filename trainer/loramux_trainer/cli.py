@@ -1,7 +1,7 @@
 """Command line: `loramux-train doctor | train | eval | publish`.
 
-Exit status: 0 done, 2 configuration or data, 3 out of memory, 4 not finite, 5 gate failed, 6 publication refused, 130
-and 143 stopped by a signal.
+Exit status: 0 done, 2 configuration or data, 3 out of memory, 4 not finite, 5 gate failed, 6 publication refused, 129,
+130 and 143 stopped by a signal.
 """
 
 import loramux_trainer.environment  # noqa: F401 - before anything that imports huggingface_hub  # isort: skip
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from loramux_trainer.errors import ConfigError, GateFailed, TrainerError
+from loramux_trainer.screen import console
 
 TOKEN_VARIABLE = "LORAMUX_TOKEN"
 """Environment variable with the bearer token of `publish`."""
@@ -30,8 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console(emoji=False)
-_err = Console(stderr=True, emoji=False)
+_out = console("stdout")
+_err = console("stderr")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -59,7 +59,7 @@ def doctor(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, see the trainer's README.")],
-    option: Annotated[list[str] | None, typer.Option("-o", help="Override a setting: -o lora.r=32.")] = None,
+    option: Annotated[list[str] | None, typer.Option("-o", metavar="SETTING=VALUE", help="Override a setting: -o lora.r=32.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the same run.")] = False,
     as_json: _Json = False,
 ) -> None:
@@ -87,12 +87,12 @@ def train(
 @app.command("eval")
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory of a run, or the run's directory.")],
-    files: Annotated[list[Path], typer.Argument(help="Conversations, JSONL or JSON.")],
+    files: Annotated[list[Path], typer.Argument(help="Held-out conversations, JSONL or JSON.")],
     base: Annotated[Path, typer.Option(help="Directory of the base model, or `demo`, the embedded one.")],
     device: _Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations a forward pass.")] = 8,
     min_gain: Annotated[
-        float | None, typer.Option(help="Exit with 5 unless the loss is lower than the base's by more than this.")
+        float | None, typer.Option(help="Exit with 5 unless the loss is lower than the base's by more than so many nats a token.")
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -114,15 +114,15 @@ def evaluate(
         _print_evaluation(result.plain())
     gain = result.base.loss - result.adapter.loss
     if min_gain is not None and not gain > min_gain:
-        raise GateFailed(f"the adapter lowers the loss by {gain:.4f}, not by more than {min_gain:g}")
+        raise GateFailed(f"the adapter lowers the loss by {gain:.4f} nats a token, not by more than {min_gain:g}")
 
 
 @app.command()
 def publish(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory of a run, or the run's directory.")],
     server: Annotated[str, typer.Option(help="host:port of the server.")],
-    name: Annotated[str, typer.Option(help="Adapter that the version belongs to.")],
-    tenant: Annotated[str | None, typer.Option(help="Tenant to act for.")] = None,
+    name: Annotated[str, typer.Option(help="Adapter that the version belongs to; made if needed.")],
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act for. [default: the token's own]", show_default=False)] = None,
     promote: Annotated[bool, typer.Option(help="Give the version all traffic.")] = True,
     allow_other_template: Annotated[
         bool, typer.Option("--allow-other-template", help="Publish to a server with another chat template.")

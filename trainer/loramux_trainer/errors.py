@@ -8,7 +8,7 @@ TrainerError
 ├── NonFinite        4  loss, gradient or adapter became NaN or infinite
 ├── GateFailed       5  the adapter is not better than what it was compared with
 ├── PublishRefused   6  the adapter or the server refused the publication
-└── Interrupted  128+n  asked to stop by signal n (Ctrl-C 130, SIGTERM 143); a checkpoint was written
+└── Interrupted  128+n  asked to stop by signal n (SIGHUP 129, Ctrl-C 130, SIGTERM 143); a checkpoint was written
 ```
 """
 

@@ -23,10 +23,11 @@ from loramux_base.adapter import (
     read_manifest,
     version_digest,
 )
+from loramux_base.adapter_digests import DIGESTS_KEY, check_digests, file_digests
 from loramux_base.manifest import FORMAT_VERSION
 from loramux_trainer.base import Base
 from loramux_trainer.config import MAX_RANK
-from loramux_trainer.digests import DIGESTS_KEY, check_files, file_digests
+from loramux_trainer.digests import check_files
 from loramux_trainer.errors import ConfigError, NonFinite
 
 CARD_NAME = "README.md"
@@ -123,6 +124,7 @@ def _check(directory: Path, base: Base) -> None:
     manifest = read_manifest(directory)
     assert manifest is not None
     manifest.check_base(base.fingerprint.hex, base.fingerprint.parts)
+    check_digests(directory, manifest)
 
 
 def _rewrite_config(file: Path, base: Base) -> None:

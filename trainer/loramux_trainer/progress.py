@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _LOG_ONLY = ("learning_rate", "grad_norm")
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOWN = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", "eval_accuracy")
 
 
@@ -61,8 +61,14 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+def _is_nohup(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
 class ProgressCallback(TrainerCallback):
-    """Shows the run, and stops it after the step in which SIGINT or SIGTERM came; a second signal stops at once.
+    """Shows the run, and stops it after the step in which SIGINT, SIGTERM or SIGHUP came.
+
+    A second signal stops at once, except SIGHUP: a terminal that closes sends it twice.
 
     Args:
         console: Where to.
@@ -83,14 +89,17 @@ class ProgressCallback(TrainerCallback):
 
     @contextmanager
     def running(self, steps: int, done: int) -> Iterator[None]:
-        """Show the bar and take SIGINT and SIGTERM as the wish to save and stop.
+        """Show the bar and take SIGINT, SIGTERM and SIGHUP as the wish to save and stop.
+
+        A SIGHUP that is ignored stays so: `nohup` asks for a run that goes on.
 
         Args:
             steps: Optimizer steps in all.
             done: Of them already.
         """
         main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, self._stop) for number in _STOPPING} if main else {}
+        numbers = _STOPPING if main else ()
+        before = {number: signal.signal(number, self._stop) for number in numbers if not _is_nohup(number)}
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]training[/bold] {task.completed}/{task.total}"),
@@ -111,9 +120,10 @@ class ProgressCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if self.stopped is not None:
+        if self.stopped is None:
+            self.stopped = number
+        elif number != signal.SIGHUP:
             raise KeyboardInterrupt
-        self.stopped = number
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from loramux_trainer import screen
 from loramux_trainer.base import Base, Numerics, choose_numerics, load_model, open_base
 from loramux_trainer.checkpoints import PatienceCallback, last_checkpoint, out_of_patience, read_state, step_of
 from loramux_trainer.config import DEFAULT_LENGTH, RunConfig
@@ -65,9 +66,9 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         DataError: The data; nothing was written.
         OutOfMemory: A batch does not fit.
         NonFinite: Loss, gradient or adapter became NaN; no adapter was written.
-        Interrupted: SIGTERM came; a checkpoint was written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was written.
     """
-    console = console or Console(stderr=True, emoji=False)
+    console = console or screen.console("stderr")
     started = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training on several devices is not there yet; start one process, without a launcher")
@@ -208,7 +209,7 @@ def _is_done(config: RunConfig, checkpoint: Path, steps: int) -> bool:
 def _say_data(console: Console, base: Base, data: PreparedData, steps: int) -> None:
     train, held = data.report["train"], data.report["validation"]
     console.print(
-        f"base {base.directory.name} ({base.quantization}, {base.fingerprint.hex[:12]}), "
+        f"training on {base.directory.absolute().name} ({base.quantization}, {base.fingerprint.hex[:12]}): "
         f"{train['conversations']} conversations to train on, {held['conversations']} held out, "
         f"{data.report['duplicates']} duplicates and {train['too_long'] + held['too_long']} too long left out, "
         f"{train['loss_tokens']} of {train['tokens']} tokens carry loss, {steps} steps",

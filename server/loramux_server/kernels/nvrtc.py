@@ -29,7 +29,7 @@ TensorMap = Any
 
 
 class KernelError(RuntimeError):
-    """A kernel that compiler or driver refused; the text begins with the kernel's name and has what they said."""
+    """A kernel that compiler or driver refused, or no compiler; the text names it and has what they said."""
 
 
 def unavailable_reason() -> str | None:
@@ -49,6 +49,7 @@ class CudaKernel:
 
     Args:
         function: Its `CUfunction`.
+        name: Of the kernel, for errors.
         arguments: ctypes of its parameters, None for a `TensorMap`.
         shared_bytes: Dynamic shared memory of a block of threads.
         overlap: Start it while the kernel in front ends; it waits by itself, with `griddepcontrol.wait`.
@@ -56,12 +57,13 @@ class CudaKernel:
     """
 
     def __init__(
-        self, function: Any, arguments: Sequence[Any], *, shared_bytes: int, overlap: bool, keep: object
+        self, function: Any, name: str, arguments: Sequence[Any], *, shared_bytes: int, overlap: bool, keep: object
     ) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
         self._function = function
+        self._name = name
         self._arguments = tuple(arguments)
         self._keep = keep
         self._config = driver.CUlaunchConfig()
@@ -91,7 +93,7 @@ class CudaKernel:
             config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
             config.hStream = stream
             (error,) = self._driver.cuLaunchKernelEx(config, self._function, (tuple(values), self._arguments), 0)
-        _check("launch", error)
+        _check(f"{self._name} does not launch", error)
 
 
 def load_kernel(
@@ -127,6 +129,7 @@ def load_kernel(
             _log.warning("%s; the kept binary is removed and compiled again", error)
             cache.remove(key)
     began = time.monotonic()
+    _log.info("compiling %s for %s, once on this machine", name, arch)
     binary = _compile(source, name, arch)
     _log.info("compiled %s for %s in %.1f s", name, arch, time.monotonic() - began)
     kernel = _loaded(binary, name, arguments, shared_bytes, overlap)
@@ -184,10 +187,23 @@ def _versions() -> tuple[str, ...]:
 
     error, driver_version = driver.cuDriverGetVersion()
     _check("driver version", error)
-    failed, major, minor = nvrtc.nvrtcVersion()
+    try:
+        failed, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as missing:
+        raise KernelError(f"NVRTC cannot be loaded: {str(missing).partition(chr(10))[0]}") from missing
     if int(failed):
         raise KernelError(f"NVRTC says no version: {failed.name}")
-    return importlib.metadata.version("cuda-core"), str(driver_version), f"{major}.{minor}"
+    # NVRTC itself tells no more than 13.0, and its updates emit other code.
+    updates = (_installed("nvidia-cuda-nvrtc"), _installed("nvidia-cuda-nvrtc-cu12"))
+    return _installed("cuda-core"), str(driver_version), f"{major}.{minor}", *updates
+
+
+def _installed(package: str) -> str:
+    """Version of a package, empty if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _compile(source: str, name: str, arch: str) -> bytes:
@@ -212,7 +228,8 @@ def _loaded(binary: bytes, name: str, arguments: Sequence[Any], shared_bytes: in
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
     _check(f"{name} takes {shared_bytes} bytes of shared memory", error)
-    return CudaKernel(function, arguments, shared_bytes=shared_bytes, overlap=overlap, keep=(binary, library, kernel))
+    keep = (binary, library, kernel)
+    return CudaKernel(function, name, arguments, shared_bytes=shared_bytes, overlap=overlap, keep=keep)
 
 
 def _check(what: str, error: Any) -> None:

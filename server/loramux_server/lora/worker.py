@@ -28,6 +28,7 @@ from loramux_base.adapter import (
     read_manifest,
     version_digest,
 )
+from loramux_base.adapter_digests import check_digests
 from loramux_base.safetensors_header import read_header
 from loramux_base.shapes import BaseShapes, UnsupportedBase, base_shapes
 from loramux_server.lora import worker_messages as wire
@@ -74,7 +75,7 @@ def validate(request: wire.ValidateAdapter) -> wire.Answer:
     directory = Path(request.directory)
     try:
         layout = read_layout(directory, _served_shapes(Path(request.base_config)), max_rank=request.max_rank)
-        base_fingerprint, verified = _check_base(request, directory)
+        base_fingerprint, verified = _check_manifest(request, directory)
         scan_finite(directory / TENSORS_NAME)
         return wire.Validated(
             id=request.id,
@@ -103,7 +104,7 @@ def _served_shapes(config: Path) -> BaseShapes:
     return base_shapes(value)
 
 
-def _check_base(request: wire.ValidateAdapter, directory: Path) -> tuple[str, bool]:
+def _check_manifest(request: wire.ValidateAdapter, directory: Path) -> tuple[str, bool]:
     manifest = read_manifest(directory)
     if manifest is None:
         if not request.allow_unverified:
@@ -115,6 +116,7 @@ def _check_base(request: wire.ValidateAdapter, directory: Path) -> tuple[str, bo
             )
         return "", False
     manifest.check_base(request.base_fingerprint, request.base_parts)
+    check_digests(directory, manifest)
     return manifest.base_fingerprint, True
 
 

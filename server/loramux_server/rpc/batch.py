@@ -7,6 +7,7 @@ with them the start of further ones; it never ends the call.
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Protocol
@@ -27,6 +28,17 @@ _BUFFERED_EVENTS = 64
 
 Run = Callable[[Generation], AsyncGenerator[pb.GenerateResponse, None]]
 
+Pinned = Mapping[tuple[str | None, str], ResolvedAdapter]
+"""(Adapter field, split key or "") -> the version for items with them."""
+
+
+class Pin(Protocol):
+    """Binds an adapter field of a tenant to a version now."""
+
+    def __call__(self, tenant: str, adapter: str | None, *, split_key: str, seed: int) -> ResolvedAdapter:
+        """Bind; items of one `split_key` get one version, those without a key one that is drawn from `seed`."""
+        ...
+
 
 class Accept(Protocol):
     """`GenerationService.accept`."""
@@ -37,7 +49,7 @@ class Accept(Protocol):
         call: Call,
         *,
         ticket: Ticket,
-        pinned: Mapping[str | None, ResolvedAdapter],
+        pinned: Pinned,
         prefix: str,
         time_limit: float | None,
     ) -> Generation:
@@ -57,7 +69,7 @@ class BatchGeneration:
         gate: AdmissionGate,
         window: int,
         start: Accept,
-        pin: Callable[[str, str | None], ResolvedAdapter],
+        pin: Pin,
     ) -> None:
         """Prepare a batch; nothing runs before `events` is iterated.
 
@@ -77,7 +89,7 @@ class BatchGeneration:
         self._window = window
         self._start = start
         self._pin = pin
-        self._pinned: dict[str | None, ResolvedAdapter] = {}
+        self._pinned: dict[tuple[str | None, str], ResolvedAdapter] = {}
         # One item a turn of the event loop: a window of prompts tokenized in one turn would stop everybody else.
         self._accepting = asyncio.Lock()
         self._items: deque[tuple[int, pb.BatchGenerateItem]] = deque()
@@ -107,10 +119,12 @@ class BatchGeneration:
             await asyncio.gather(closer, *workers, return_exceptions=True)
 
     def _pin_all(self) -> None:
-        adapters = {item.request.adapter if item.request.HasField("adapter") else None for _, item in self._items}
-        for adapter in adapters:
+        seed = secrets.randbits(64)
+        requests = (item.request for _, item in self._items)
+        pairs = {(each.adapter if each.HasField("adapter") else None, each.sampling.split_key) for each in requests}
+        for adapter, split_key in pairs:
             try:
-                self._pinned[adapter] = self._pin(self._call.tenant, adapter)
+                self._pinned[adapter, split_key] = self._pin(self._call.tenant, adapter, split_key=split_key, seed=seed)
             except LoramuxServerError as error:
                 # Not a failure of the call: each item that names this adapter meets the same error by itself.
                 _log.debug("cannot pin an adapter of a batch: %s", error.reason)

@@ -12,7 +12,7 @@ from loramux_server.engine import messages as wire
 from loramux_server.errors import Expired, Reason
 from loramux_server.lora.engine_link import ResolvedAdapter
 from loramux_server.rpc.admission import AdmissionGate, Ticket
-from loramux_server.rpc.batch import BatchGeneration
+from loramux_server.rpc.batch import BatchGeneration, Pinned
 from loramux_server.rpc.call import Call, Method
 from loramux_server.rpc.engine_client import EngineClient
 from loramux_server.rpc.generation import Generation
@@ -32,7 +32,7 @@ from loramux_server.telemetry.setup import Telemetry
 
 SERVICE = "loramux.v1.GenerationService"
 _MAX_ID_CHARS = 128
-_NOTHING_PINNED: Mapping[str | None, ResolvedAdapter] = MappingProxyType({})
+_NOTHING_PINNED: Pinned = MappingProxyType({})
 
 
 class AdapterResolver(Protocol):
@@ -51,8 +51,13 @@ class AdapterResolver(Protocol):
         """
         ...
 
-    def pin(self, resolved: ResolvedAdapter) -> ResolvedAdapter:
-        """Bind an alias to one version of its traffic now.
+    def pin(self, resolved: ResolvedAdapter, *, split_key: str, seed: int) -> ResolvedAdapter:
+        """Bind an alias to one version of its traffic now, as the engine would.
+
+        Args:
+            resolved: What `resolve` gave.
+            split_key: Requests of one key stay on one version; empty = drawn from `seed`.
+            seed: One for all that is pinned together.
 
         Raises:
             LoramuxServerError: ADAPTER_NOT_FOUND.
@@ -166,7 +171,7 @@ class GenerationService:
         call: Call,
         *,
         ticket: Ticket | None = None,
-        pinned: Mapping[str | None, ResolvedAdapter] = _NOTHING_PINNED,
+        pinned: Pinned = _NOTHING_PINNED,
         prefix: str = "",
         time_limit: float | None = None,
     ) -> Generation:
@@ -176,7 +181,7 @@ class GenerationService:
             request: As received.
             call: The call.
             ticket: A place in the queue that was taken before; None takes one or refuses.
-            pinned: What adapter fields were bound to before.
+            pinned: What pairs of adapter field and split key were bound to before.
             prefix: Put before field names.
             time_limit: Seconds that the request may take, besides the deadline of the call.
 
@@ -193,7 +198,7 @@ class GenerationService:
             sampling = check_request(request, limits, prefix=prefix)
             ticket = ticket or self._gate.enter()
             adapter = request.adapter if request.HasField("adapter") else None
-            binding = pinned.get(adapter)
+            binding = pinned.get((adapter, sampling.split_key))
             if binding is None:
                 binding = self._resolver.resolve(call.tenant, adapter, field=f"{prefix}adapter")
             ids = await self._prompts.encode(request, prefix=prefix)
@@ -248,8 +253,8 @@ class GenerationService:
             del self._generations[generation.generation_id]
             await events.aclose()
 
-    def _pin(self, tenant: str, adapter: str | None) -> ResolvedAdapter:
-        return self._resolver.pin(self._resolver.resolve(tenant, adapter))
+    def _pin(self, tenant: str, adapter: str | None, *, split_key: str, seed: int) -> ResolvedAdapter:
+        return self._resolver.pin(self._resolver.resolve(tenant, adapter), split_key=split_key, seed=seed)
 
     def _add(
         self,

@@ -1,8 +1,9 @@
-"""Adapters of requests: provisional resolution, and pinning of an alias to one version for a whole batch."""
+"""Adapters of requests: provisional resolution, and pinning of an alias to one version on the arrival of a batch."""
 
 import dataclasses
-import random
 
+from loramux_server.engine.aliases import AliasTable
+from loramux_server.engine.messages import AliasSpec
 from loramux_server.errors import NotFound, Reason
 from loramux_server.lora.adapter_table import AdapterTable
 from loramux_server.lora.engine_link import ResolvedAdapter
@@ -24,8 +25,13 @@ class TableResolver:
         """Resolve provisionally; see `AdapterTable.resolve`."""
         return self._table.resolve(tenant, adapter, field=field)
 
-    def pin(self, resolved: ResolvedAdapter) -> ResolvedAdapter:
-        """Bind an alias to one version of its traffic now, drawn by weight; anything else stays as it is.
+    def pin(self, resolved: ResolvedAdapter, *, split_key: str, seed: int) -> ResolvedAdapter:
+        """Bind an alias to one version of its traffic now, as the engine would; anything else stays as it is.
+
+        Args:
+            resolved: What `resolve` gave.
+            split_key: Requests of one key stay on one version; empty = drawn from `seed`.
+            seed: One for all that is pinned together, so that one adapter gets one version.
 
         Raises:
             NotFound: ADAPTER_NOT_FOUND, nothing of it serves any more.
@@ -41,10 +47,11 @@ class TableResolver:
                 f"adapter {reference.adapter!r} has no version in its traffic; put one there by UpdateAdapter",
                 field="adapter",
             )
-        (target,) = random.choices(traffic, weights=[target.weight for target in traffic])
-        return dataclasses.replace(
-            resolved,
-            alias=None,
-            version=version_key(reference.tenant, reference.adapter, target.digest),
-            digest=target.digest,
-        )
+        by_key = {version_key(reference.tenant, reference.adapter, target.digest): target for target in traffic}
+        aliases = AliasTable()
+        targets = [(key, float(target.weight)) for key, target in by_key.items()]
+        aliases.put(AliasSpec(alias=resolved.alias, targets=targets, revision=resolved.revision))
+        chosen = aliases.resolve(resolved.alias, split_key=split_key, seed=seed)
+        assert chosen is not None, "an alias with targets serves one"
+        version, _ = chosen
+        return dataclasses.replace(resolved, alias=None, version=version, digest=by_key[version].digest)

@@ -14,6 +14,7 @@ import pytest
 
 import loramux_server
 from loramux_base.adapter import version_digest
+from loramux_base.adapter_digests import file_digests
 from loramux_server.errors import (
     Expired,
     FailedPrecondition,
@@ -160,6 +161,37 @@ async def test_the_base_must_be_the_served_one(tmp_path: Path) -> None:
         # A manifest that names another base is refused even where adapters without one are taken.
         with pytest.raises(FailedPrecondition):
             await worker.validate(other)
+
+
+async def test_files_must_be_those_of_the_manifest(tmp_path: Path) -> None:
+    plain = write_adapter(tmp_path / "plain", tensors_of(BASE, modules=["o_proj"]))
+    digests = file_digests(plain)
+
+    def adapter(name: str, sha256: Any = digests, *, value: float = 0.5, **config: Any) -> Path:
+        manifest = {"format_version": 1, "base_fingerprint": "a" * 64, "sha256": sha256}
+        tensors = tensors_of(BASE, modules=["o_proj"], value=value)
+        return write_adapter(tmp_path / name, tensors, manifest=manifest, **config)
+
+    async with running(tmp_path) as worker:
+        assert (await worker.validate(adapter("same"))).base_verified
+        for changed, file in (
+            (adapter("weights", value=0.25), "adapter_model.safetensors"),
+            (adapter("alpha", lora_alpha=64), "adapter_config.json"),
+        ):
+            with pytest.raises(FailedPrecondition, match="copy it again from the run, or train again") as caught:
+                await worker.validate(changed)
+            assert (caught.value.reason, caught.value.field) == (Reason.ADAPTER_INCOMPATIBLE, file)
+            said = f"{file} is not as the run wrote it: loramux_manifest.json says sha256 {digests[file][:16]}, the "
+            assert f"{said}file has {file_digests(changed)[file][:16]};" in caught.value.message
+        other = {"adapter_config.json": digests["adapter_config.json"]}
+        for number, bad in enumerate(([], "x", {}, other, {**digests, "adapter_config.json": 3})):
+            with pytest.raises(
+                FailedPrecondition, match="loramux_manifest.json: sha256 .*; take the file that the run wrote"
+            ):
+                await worker.validate(adapter(f"bad{number}", bad))
+        # Damage that makes a number infinite is told as damage.
+        with pytest.raises(FailedPrecondition, match="is not as the run wrote it"):
+            await worker.validate(adapter("infinite", value=float("inf")))
 
 
 async def test_refusals_and_good_adapters_in_any_order(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(
     run.write_text(json.dumps(settings))
     assert _main(monkeypatch, "train", str(run)) == 0
     shown = capsys.readouterr()
-    assert "base [red]:smile: (nf4" in shown.err
+    assert "training on [red]:smile: (nf4" in shown.err
     assert "left out: [b]:x:.jsonl:7: too long" in shown.err
     assert f"adapter {tmp_path}/[/i]:+1:/adapter, version" in shown.out
     assert _main(monkeypatch, "train", str(run)) == 2

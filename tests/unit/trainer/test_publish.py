@@ -6,7 +6,7 @@ import pytest
 
 from loramux import Client
 from loramux.testing import FakeError, FakeServer
-from loramux_trainer.digests import file_digests
+from loramux_base.adapter_digests import file_digests
 from loramux_trainer.errors import PublishRefused
 from loramux_trainer.publish import Target, publish
 
@@ -75,7 +75,7 @@ def test_a_file_changed_after_training_is_refused_before_a_byte_is_sent(server: 
             publish(adapter, Target(server=server.address, name="acme"))
         (adapter / name).write_bytes(kept)
     (adapter / "adapter_config.json").unlink()
-    with pytest.raises(PublishRefused, match="a file cannot be read"):
+    with pytest.raises(PublishRefused, match=r"adapter_config\.json is missing"):
         publish(adapter, Target(server=server.address, name="acme"))
     assert len(server.calls_of("StartAdapterUpload")) == calls
 

@@ -1,8 +1,11 @@
+import errno
+import io
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,48 @@ def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_stops_at_once(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     written = [sorted(path.name for path in settings(name).output.glob("checkpoints/*")) for name in ("once", "twice")]
     assert written == [["checkpoint-5"], []]
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as a process of a terminal has it, however this test run was started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+class _ClosedTerminal(io.StringIO):
+    """Standard error of a process whose terminal has closed, as of the line of step 5."""
+
+    def write(self, text: str) -> int:
+        if "step 5/" in text:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.usefixtures("hangup")
+def test_a_terminal_that_closes_costs_no_step(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell and the kernel both tell of it, and what is written to the terminal from then on fails.
+    monkeypatch.setattr("loramux_trainer.run.ProgressCallback", _StopsAfter)
+    monkeypatch.setattr(_StopsAfter, "number", signal.SIGHUP)
+    monkeypatch.setattr(_StopsAfter, "times", 2)
+    shown = _ClosedTerminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    config = settings("closed", log_steps=1)
+    with pytest.raises(Interrupted, match="after step 5 of 12") as caught:
+        train(config)
+    assert caught.value.exit_code == 129
+    assert "step 4/12" in shown.getvalue()
+    assert [path.name for path in config.output.glob("checkpoints/*")] == ["checkpoint-5"]
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("hangup")
+def test_nohup_keeps_a_run_going(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramux_trainer.run.ProgressCallback", _StopsAfter)
+    monkeypatch.setattr(_StopsAfter, "number", signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert train(settings(), console=QUIET).manifest["steps"] == 12
 
 
 def _unfinished(run: Path) -> Path:
