@@ -24,7 +24,7 @@ from loramux._status import Failure, failure_from_call
 from loramux._tracing import start_span
 
 
-def failure_of(error: grpc.aio.AioRpcError, *, request_id: str, headers_seen: bool) -> Failure:
+def failure_of(error: grpc.aio.AioRpcError, *, request_id: str, headers_seen: bool, tls: bool) -> Failure:
     """Convert what a call raised."""
     return failure_from_call(
         error.code().name,
@@ -32,6 +32,7 @@ def failure_of(error: grpc.aio.AioRpcError, *, request_id: str, headers_seen: bo
         tuple(error.trailing_metadata() or ()),
         headers_seen=headers_seen or bool(error.initial_metadata()),
         request_id=request_id,
+        tls=tls,
     )
 
 
@@ -78,6 +79,11 @@ class AsyncTransport:
     def target(self) -> str:
         """Where it connects."""
         return self._connection.target
+
+    @property
+    def tls(self) -> bool:
+        """Whether it uses TLS."""
+        return self._connection.tls is not None
 
     @property
     def closed(self) -> bool:
@@ -213,7 +219,7 @@ class AsyncTransport:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            return failure_of(error, request_id=request_id, headers_seen=False)
+            return failure_of(error, request_id=request_id, headers_seen=False, tls=self.tls)
         except asyncio.CancelledError:
             if not self._closed or task_is_cancelled():
                 call.cancel()
@@ -301,7 +307,7 @@ class AsyncStreamCall(Generic[R]):
         try:
             message = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            return failure_of(error, request_id=self.request_id, headers_seen=headers_seen)
+            return failure_of(error, request_id=self.request_id, headers_seen=headers_seen, tls=self._transport.tls)
         except asyncio.CancelledError:
             # grpc.aio raises this for a call cancelled on this side as well; only a cancelled task may see it.
             if task_is_cancelled() or not (self._cancelled.is_set() or self._transport.closed):

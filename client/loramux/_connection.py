@@ -21,7 +21,7 @@ ChannelOption = tuple[str, str | int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TLSConfig:
-    """How to connect with TLS; all PEM.
+    """How to connect with TLS; all PEM. A new certificate needs a new client: gRPC reads them once.
 
     Attributes:
         root_certificates: Authorities to trust; None takes gRPC's own list.
@@ -30,7 +30,7 @@ class TLSConfig:
         server_name: Name to check the server's certificate against; None takes the address.
 
     Raises:
-        InvalidRequest: Only one of private_key and certificate_chain is given.
+        InvalidRequest: Only one of private_key and certificate_chain is given, or one is no PEM text in bytes.
     """
 
     root_certificates: bytes | None = None
@@ -39,7 +39,11 @@ class TLSConfig:
     server_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that key and certificate come together."""
+        """Check the texts, and that key and certificate come together."""
+        for name in ("root_certificates", "private_key", "certificate_chain"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, bytes) or b"-----BEGIN " not in value):
+                raise InvalidRequest(f"{name} must be the bytes of a PEM file, which hold `-----BEGIN `")
         if (self.private_key is None) != (self.certificate_chain is None):
             raise InvalidRequest("mutual TLS needs both private_key and certificate_chain")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from loramux._connection_hint import connection_hint
 from loramux._errors import (
     AdapterIncompatible,
     AdapterNotFound,
@@ -150,6 +151,7 @@ def failure_from_call(
     *,
     headers_seen: bool,
     request_id: str | None = None,
+    tls: bool | None = None,
 ) -> Failure:
     """Build the failure of a call from what gRPC says about it.
 
@@ -159,6 +161,7 @@ def failure_from_call(
         trailers: Trailing metadata.
         headers_seen: Whether response headers had arrived.
         request_id: Correlation id of the call.
+        tls: Whether the connection uses TLS; None if that is not known.
     """
     details: bytes | None = None
     pushback: float | None = None
@@ -175,6 +178,8 @@ def failure_from_call(
     if code == "DEADLINE_EXCEEDED" and details is None:
         # Made by gRPC on this side, whose words say neither what was up nor what to do.
         status.message = f"the timeout passed before the answer was complete; allow more time ({message})"
+    elif code == "UNAVAILABLE" and details is None and (hint := connection_hint(message, tls=tls)) is not None:
+        status.message = f"{hint} ({message})"
     error = error_from_status(status, request_id=request_id)
     if pushback is not None and pushback >= 0 and error.retry_after is None:
         error.retry_after = pushback

@@ -22,7 +22,7 @@ from loramux._tracing import start_span
 T = TypeVar("T")
 
 
-def failure_of(error: grpc.RpcError, *, request_id: str, headers_seen: bool) -> Failure:
+def failure_of(error: grpc.RpcError, *, request_id: str, headers_seen: bool, tls: bool) -> Failure:
     """Convert what a call raised; `error` is the call itself, as gRPC has it."""
     call: Any = error
     return failure_from_call(
@@ -31,6 +31,7 @@ def failure_of(error: grpc.RpcError, *, request_id: str, headers_seen: bool) -> 
         tuple(call.trailing_metadata() or ()),
         headers_seen=headers_seen or bool(call.initial_metadata()),
         request_id=request_id,
+        tls=tls,
     )
 
 
@@ -74,6 +75,11 @@ class Transport:
     def target(self) -> str:
         """Where it connects."""
         return self._connection.target
+
+    @property
+    def tls(self) -> bool:
+        """Whether it uses TLS."""
+        return self._connection.tls is not None
 
     def channel(self) -> grpc.Channel:
         """Return the channel.
@@ -183,7 +189,7 @@ class Transport:
         try:
             return self.invoke(lambda: call(request, timeout=timeout, metadata=tuple(metadata)))
         except grpc.RpcError as error:
-            return failure_of(error, request_id=request_id, headers_seen=False)
+            return failure_of(error, request_id=request_id, headers_seen=False, tls=self.tls)
 
     def send_stream(self, method: Method[Q, R], requests: Iterator[Q], view: View, *, timeout: float) -> R | Failure:
         """Make one attempt of a call with many requests and one response."""
@@ -201,7 +207,7 @@ class Transport:
                 lambda: call(requests, timeout=checked_timeout(timeout, None), metadata=tuple(metadata))
             )
         except grpc.RpcError as error:
-            failure = failure_of(error, request_id=request_id, headers_seen=False)
+            failure = failure_of(error, request_id=request_id, headers_seen=False, tls=self.tls)
             span.end(failure.error)
             return failure
         except BaseException as error:
@@ -293,7 +299,7 @@ class StreamCall(Generic[R]):
 
     def _failure(self, error: grpc.RpcError, *, headers_seen: bool) -> Failure:
         """Convert what the call raised; our own end of it gets words that say so."""
-        failure = failure_of(error, request_id=self.request_id, headers_seen=headers_seen)
+        failure = failure_of(error, request_id=self.request_id, headers_seen=headers_seen, tls=self._transport.tls)
         if failure.error.code == "CANCELLED" and (self._cancelled.is_set() or self._transport.closed):
             text = "the client was closed" if self._transport.closed else "the call was cancelled"
             return Failure(error=Cancelled(text, request_id=self.request_id), headers_seen=True)

@@ -22,6 +22,7 @@ from loramux_server.rpc.adapter_service import SERVICE as ADAPTER_SERVICE
 from loramux_server.rpc.adapter_service import AdapterService
 from loramux_server.rpc.admission import AdmissionGate
 from loramux_server.rpc.call import Method
+from loramux_server.rpc.certificate import CertificateError, CertificateFiles
 from loramux_server.rpc.engine_client import EngineClient
 from loramux_server.rpc.freshness import Freshness
 from loramux_server.rpc.generation_service import GenerationService
@@ -33,6 +34,7 @@ from loramux_server.rpc.replica import BaseModel, Phase, ReplicaView
 from loramux_server.rpc.resolver import TableResolver
 from loramux_server.rpc.server import GrpcServer, HealthState, PortInUse, Transport, service_names
 from loramux_server.rpc.slow_reader import SlowReader
+from loramux_server.rpc.tls import TlsRotation
 from loramux_server.rpc.token_bytes import token_bytes_of
 from loramux_server.supervisor import CrashLoop, EngineStartupError, RestartPolicy, Supervisor
 from loramux_server.telemetry.probe import ProbeServer, ProbeSources
@@ -82,10 +84,12 @@ class App:
         self.replica_id = config.replica_id or socket.gethostname()[:63]
         self.engine = EngineClient(hang_seconds=config.engine_timeout)
         self.gate = AdmissionGate(max_queued=config.max_queued)
+        self.tls: TlsRotation | None = None
         self.telemetry = build_telemetry(
             queued=lambda: self.gate.queued,
             replica_id=self.replica_id,
             version=self.version,
+            certificate=lambda: None if self.tls is None else self.tls.stats(),
             otlp_endpoint=config.otlp_endpoint,
             span_processor=span_processor,
         )
@@ -120,6 +124,7 @@ class App:
         config = self.config
         self._cleanup.push_async_callback(asyncio.to_thread, self.telemetry.close)
         await self._listen_for_probes()
+        await self._open_certificate()
         try:
             model = await asyncio.to_thread(resolve_model, config.model)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, model)
@@ -227,9 +232,27 @@ class App:
         server = GrpcServer(self.pipeline, self.health, services, transport=self._transport, reflect=config.reflection)
         self._cleanup.push_async_callback(server.stop)
         try:
-            self.port = await server.start(config.host, config.port)
+            self.port = await server.start(
+                config.host, config.port, None if self.tls is None else self.tls.credentials()
+            )
         except PortInUse as error:
             raise ServeError(f"--port {config.port}: {error}; choose another or end what listens there") from error
+
+    async def _open_certificate(self) -> None:
+        config = self.config
+        if config.tls_cert is None or config.tls_key is None:
+            return
+        files = CertificateFiles(
+            cert=Path(config.tls_cert),
+            key=Path(config.tls_key),
+            client_ca=None if config.tls_client_ca is None else Path(config.tls_client_ca),
+        )
+        try:
+            self.tls = await asyncio.to_thread(TlsRotation, files)
+        except CertificateError as error:
+            raise ServeError(str(error)) from error
+        following = asyncio.create_task(self.tls.run())
+        self._cleanup.push_async_callback(_end, following)
 
     async def _listen_for_probes(self) -> None:
         """Answer probes from the first moment to the last, so that they tell why nothing else answers."""
@@ -366,3 +389,9 @@ class App:
         self._supervision.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineStartupError, CrashLoop):
             await self._supervision
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -59,6 +59,9 @@ class ServerConfig:
         self_test: Compare a small random model with the reference at start.
         allow_unverified_adapters: Take adapters without a manifest.
         reflection: Serve gRPC reflection.
+        tls_cert: PEM file of the listener's certificate and its chain; None = plaintext.
+        tls_key: PEM file of its private key.
+        tls_client_ca: PEM file of the authorities whose clients are let in; None = no client certificate is asked for.
         allow_plaintext: Listen without TLS beyond loopback.
         no_auth: Accept every caller beyond loopback.
         otlp_endpoint: OTLP collector; None = none.
@@ -98,6 +101,9 @@ class ServerConfig:
     self_test: bool
     allow_unverified_adapters: bool
     reflection: bool
+    tls_cert: str | None
+    tls_key: str | None
+    tls_client_ca: str | None
     allow_plaintext: bool
     no_auth: bool
     otlp_endpoint: str | None
@@ -175,6 +181,14 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(name="allow_unverified_adapters", kind=bool, default=False, help="take adapters that carry no manifest"),
     Option(name="reflection", kind=bool, default=True, negative="--no-reflection", help="serve gRPC reflection"),
+    Option(name="tls_cert", kind=str, default=None, help="PEM file of the listener's certificate and its chain"),
+    Option(name="tls_key", kind=str, default=None, help="PEM file of its private key"),
+    Option(
+        name="tls_client_ca",
+        kind=str,
+        default=None,
+        help="PEM file of the authorities of clients, which must then show a certificate",
+    ),
     Option(name="allow_plaintext", kind=bool, default=False, help="listen without TLS beyond loopback"),
     Option(name="no_auth", kind=bool, default=False, help="accept every caller beyond loopback"),
     Option(name="otlp_endpoint", kind=str, default=None, help="OTLP/gRPC collector, http://HOST:PORT"),
@@ -334,17 +348,9 @@ def _check_together(config: ServerConfig) -> None:
         )
     if config.model_name is not None and len(config.model_name) > _MAX_MODEL_NAME:
         raise ConfigError(f"--model-name has {len(config.model_name)} characters; use at most {_MAX_MODEL_NAME}")
+    _check_tls(config)
     if not is_loopback(config.host):
-        missing = [
-            flag
-            for flag, given in (("--allow-plaintext", config.allow_plaintext), ("--no-auth", config.no_auth))
-            if not given
-        ]
-        if missing:
-            raise ConfigError(
-                f"--host {config.host} is reachable from other machines, and this server has neither TLS nor "
-                f"credentials; use 127.0.0.1, or accept that with {' and '.join(missing)}"
-            )
+        _check_exposed(config)
     output, both = config.max_output_tokens, config.max_model_len
     if output is not None and both is not None and output >= both:
         raise ConfigError(
@@ -354,4 +360,32 @@ def _check_together(config: ServerConfig) -> None:
         raise ConfigError(
             f"--max-rank is {config.max_rank}, which does not fit into --rank-units {config.rank_units} "
             f"({config.rank_units * 16} rows); raise --rank-units to {-(-config.max_rank // 16)} or lower --max-rank"
+        )
+
+
+def _check_tls(config: ServerConfig) -> None:
+    if (config.tls_cert is None) != (config.tls_key is None):
+        there, missing = ("--tls-cert", "--tls-key") if config.tls_key is None else ("--tls-key", "--tls-cert")
+        raise ConfigError(f"{there} is given without {missing}; TLS needs a certificate and its key")
+    if config.tls_cert is None and config.tls_client_ca is not None:
+        raise ConfigError(
+            "--tls-client-ca is given without --tls-cert and --tls-key; client certificates are asked for over TLS only"
+        )
+    if config.tls_cert is not None and config.allow_plaintext:
+        raise ConfigError("--tls-cert and --allow-plaintext contradict each other; leave one out")
+
+
+def _check_exposed(config: ServerConfig) -> None:
+    """Check that what other machines can reach is protected, or its lack asked for by name."""
+    lacks = []
+    if config.tls_cert is None and not config.allow_plaintext:
+        lacks.append(("no TLS", "give --tls-cert and --tls-key, or accept that with --allow-plaintext"))
+    if config.tls_client_ca is None and not config.no_auth:
+        lacks.append(
+            ("no credentials", "let in holders of certificates only with --tls-client-ca, or everybody with --no-auth")
+        )
+    if lacks:
+        raise ConfigError(
+            f"--host {config.host} is reachable from other machines, and this server has "
+            f"{' and '.join(lack for lack, _ in lacks)}; use 127.0.0.1, or {'; '.join(way for _, way in lacks)}"
         )

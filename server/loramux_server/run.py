@@ -108,8 +108,14 @@ def banner(address: str, details: Mapping[str, str]) -> str:
 
 
 def _warn_about_access(config: ServerConfig) -> None:
-    if is_loopback(config.host):
+    if config.tls_client_ca is not None:
+        _log.warning("whoever holds a certificate of --tls-client-ca %s is the tenant `default`", config.tls_client_ca)
+    elif is_loopback(config.host):
         _log.warning("no credentials are asked for: every caller on this machine is the tenant `default`")
+    elif config.tls_cert is not None:
+        _log.warning(
+            "listening on %s without credentials, as asked for: whoever reaches it is the tenant `default`", config.host
+        )
     else:
         _log.warning(
             "listening on %s without TLS and without credentials, as asked for: whoever reaches it is the tenant "

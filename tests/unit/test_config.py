@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loramux_server import run
 from loramux_server.cli import main
 from loramux_server.config import OPTIONS, ConfigError, ServerConfig, is_loopback, load_config
 from loramux_server.engine.config import EngineConfig
@@ -43,7 +44,12 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ({"max_rank": "1024", "rank_units": "8"}, ["--max-rank", "--rank-units 8", "64"]),
         ({"probe": "9090"}, ["--probe", "9090", "HOST:PORT"]),
         ({"host": "0.0.0.0"}, ["--host 0.0.0.0", "--allow-plaintext", "--no-auth"]),
-        ({"host": "0.0.0.0", "no_auth": True}, ["--allow-plaintext"]),
+        ({"host": "0.0.0.0", "no_auth": True}, ["no TLS", "--allow-plaintext", "--tls-cert"]),
+        ({"host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"}, ["no credentials", "--tls-client-ca", "--no-auth"]),
+        ({"tls_cert": "c"}, ["--tls-cert", "without --tls-key"]),
+        ({"tls_key": "k"}, ["--tls-key", "without --tls-cert"]),
+        ({"tls_client_ca": "a"}, ["--tls-client-ca", "without --tls-cert"]),
+        ({"tls_cert": "c", "tls_key": "k", "allow_plaintext": True}, ["--tls-cert", "--allow-plaintext", "leave one"]),
         ({"max_output_tokens": "64", "max_model_len": "64"}, ["--max-output-tokens", "64"]),
         ({"gpu_memory_utilization": "1.5"}, ["--gpu-memory-utilization", "0.05 to 0.99"]),
         ({"model": ""}, ["--model"]),
@@ -95,6 +101,32 @@ def test_unknown_variables_are_refused_with_the_near_one() -> None:
         load(LORAMUX_MAX_QUEUE="1")
     with pytest.raises(ConfigError, match="--model is missing"):
         load_config({}, environment={})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"allow_plaintext": True, "no_auth": True},
+        {"tls_cert": "c", "tls_key": "k", "no_auth": True},
+        {"tls_cert": "c", "tls_key": "k", "tls_client_ca": "a"},
+    ],
+)
+def test_what_lets_other_machines_in(flags: dict[str, Any]) -> None:
+    assert load({"host": "0.0.0.0", **flags}).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "every caller on this machine"),
+        ({"host": "0.0.0.0", "allow_plaintext": True, "no_auth": True}, "without TLS and without credentials"),
+        ({"host": "0.0.0.0", "tls_cert": "c", "tls_key": "k", "no_auth": True}, "listening on 0.0.0.0 without cred"),
+        ({"tls_cert": "c", "tls_key": "k", "tls_client_ca": "a"}, "whoever holds a certificate of --tls-client-ca a"),
+    ],
+)
+def test_the_log_says_who_gets_in(flags: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture) -> None:
+    run._warn_about_access(load(flags))
+    assert words in caplog.text
 
 
 def test_loopback() -> None:

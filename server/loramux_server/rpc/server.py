@@ -122,12 +122,13 @@ class GrpcServer:
             names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
             _ADD_REFLECTION(reflection.aio.ReflectionServicer(names), standard)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen on a plaintext port.
+    async def start(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Listen.
 
         Args:
             host: Address; an IPv6 one without brackets.
             port: 0 picks one.
+            credentials: For TLS; None = plaintext.
 
         Returns:
             The port.
@@ -137,7 +138,10 @@ class GrpcServer:
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = self._server.add_insecure_port(address)
+            if credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise PortInUse(f"{address} is in use or not an address of this machine") from error
         await self._server.start()

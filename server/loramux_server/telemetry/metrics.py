@@ -5,6 +5,7 @@ by observable instruments; its counters start at zero with each engine process, 
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
@@ -51,6 +52,21 @@ _COUNTERS: Mapping[str, tuple[str, str, Callable[[Stats], float]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateStats:
+    """The listener's certificate.
+
+    Attributes:
+        expires: End of the one in use; Unix time.
+        stale: Whether its files hold another that was refused.
+        reloads: Certificates taken since the start.
+    """
+
+    expires: float
+    stale: bool
+    reloads: int
+
+
 class EngineTotals:
     """The newest `Stats` and the sum of the counters of all former engine processes."""
 
@@ -90,13 +106,21 @@ class EngineTotals:
 class Metrics:
     """Every instrument, created once on one meter."""
 
-    def __init__(self, meter: Meter, *, engine: EngineTotals, queued: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        engine: EngineTotals,
+        queued: Callable[[], int],
+        certificate: Callable[[], CertificateStats | None],
+    ) -> None:
         """Create the instruments.
 
         Args:
             meter: Of the server's own provider.
             engine: What the engine reported.
             queued: Reads how many requests the front end holds before their start.
+            certificate: Reads the state of the listener's certificate; None = plaintext.
         """
         self.rpc_duration = meter.create_histogram(
             "rpc.server.call.duration",
@@ -143,6 +167,7 @@ class Metrics:
             unit="{request}",
             description="Requests that the front end holds before their start.",
         )
+        _certificate_instruments(meter, certificate)
         for name, (unit, description, read) in _GAUGES.items():
             meter.create_observable_gauge(name, callbacks=[_gauge(engine, read)], unit=unit, description=description)
         for name, (unit, description, _) in _COUNTERS.items():
@@ -155,6 +180,30 @@ class Metrics:
             unit="s",
             description="Time of engine steps by part.",
         )
+
+
+def _certificate_instruments(meter: Meter, read: Callable[[], CertificateStats | None]) -> None:
+    def observe(value: Callable[[CertificateStats], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        return lambda _: [] if (stats := read()) is None else [Observation(value(stats))]
+
+    meter.create_observable_gauge(
+        "loramux.tls.certificate.expiry",
+        callbacks=[observe(lambda stats: stats.expires)],
+        unit="s",
+        description="End of the listener's certificate, Unix time.",
+    )
+    meter.create_observable_gauge(
+        "loramux.tls.certificate.stale",
+        callbacks=[observe(lambda stats: float(stats.stale))],
+        unit="{certificate}",
+        description="1 while the certificate's files are refused and the last good one serves.",
+    )
+    meter.create_observable_counter(
+        "loramux.tls.certificate.reloads",
+        callbacks=[observe(lambda stats: stats.reloads)],
+        unit="{reload}",
+        description="Certificates taken since the start.",
+    )
 
 
 def _gauge(engine: EngineTotals, read: Callable[[Stats], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Tracer
 
 from loramux_server.telemetry.gateway import render_gateway
-from loramux_server.telemetry.metrics import EngineTotals, Metrics
+from loramux_server.telemetry.metrics import CertificateStats, EngineTotals, Metrics
 from loramux_server.telemetry.prometheus import render
 from loramux_server.telemetry.rpc_span import RpcSpan
 
@@ -60,6 +60,7 @@ def build_telemetry(
     queued: Callable[[], int],
     replica_id: str,
     version: str,
+    certificate: Callable[[], CertificateStats | None] = lambda: None,
     otlp_endpoint: str | None = None,
     span_processor: SpanProcessor | None = None,
 ) -> Telemetry:
@@ -69,6 +70,7 @@ def build_telemetry(
         queued: Reads how many requests the front end holds before their start.
         replica_id: Resource attribute `service.instance.id`.
         version: Resource attribute `service.version`.
+        certificate: Reads the state of the listener's certificate; None = plaintext.
         otlp_endpoint: OTLP/gRPC collector, `http://host:4317` for plaintext or `https://...`; None exports nothing.
         span_processor: An extra receiver of spans (tests).
     """
@@ -95,7 +97,7 @@ def build_telemetry(
     meters = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
     engine = EngineTotals()
     return Telemetry(
-        metrics=Metrics(meters.get_meter(_SCOPE, version), engine=engine, queued=queued),
+        metrics=Metrics(meters.get_meter(_SCOPE, version), engine=engine, queued=queued, certificate=certificate),
         tracer=tracers.get_tracer(_SCOPE, version),
         engine=engine,
         _queued=queued,

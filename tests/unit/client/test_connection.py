@@ -71,8 +71,15 @@ class TestTLS:
         assert options["grpc.ssl_target_name_override"] == "other.example"
         assert connect("localhost:1", tls=True).credentials() is not None
         with pytest.raises(InvalidRequest, match="both"):
-            TLSConfig(private_key=b"k")
-        assert "secret" not in repr(TLSConfig(private_key=b"secret", certificate_chain=b"c"))
+            TLSConfig(private_key=b"-----BEGIN PRIVATE KEY-----")
+        secret = TLSConfig(private_key=b"-----BEGIN secret", certificate_chain=b"-----BEGIN CERTIFICATE-----")
+        assert "secret" not in repr(secret)
+
+    @pytest.mark.parametrize("name", ["root_certificates", "private_key", "certificate_chain"])
+    @pytest.mark.parametrize("value", [b"/etc/ca.pem", "-----BEGIN CERTIFICATE-----"])
+    def test_what_is_no_pem_is_refused_by_name(self, name: str, value: Any) -> None:
+        with pytest.raises(InvalidRequest, match=f"{name} must be the bytes of a PEM file"):
+            TLSConfig(**{name: value})
 
 
 class TestOptions:

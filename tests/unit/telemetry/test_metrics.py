@@ -19,6 +19,7 @@ def test_host_memory_is_measured() -> None:
         MeterProvider(metric_readers=[reader], shutdown_on_exit=False).get_meter("test"),
         engine=engine,
         queued=lambda: 0,
+        certificate=lambda: None,
     )
     engine.update(stats(host_hits=2, host_misses=3, host_prefetches=4))
     engine.engine_restarted()
