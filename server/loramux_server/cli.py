@@ -27,6 +27,25 @@ class UsageError(Exception):
     """Something that the operator has to change; the message is the one line that they see."""
 
 
+# What the settings come to that nobody sets and that have no fixed default.
+_UNSET = {
+    "probe": "none",
+    "model_name": "last part of --model",
+    "max_model_len": "the model's own",
+    "max_output_tokens": "--max-model-len",
+    "kv_pages": "what the memory holds on CUDA, 2048 on CPU",
+    "host_adapter_gib": "2 on CUDA, 0.25 on CPU, at most a quarter of the machine's",
+    "schedule_ahead": "on CUDA",
+    "shadow": "on CPU",
+    "threads": "physical cores",
+    "tls_cert": "none, plaintext",
+    "tls_key": "none",
+    "tls_client_ca": "none, no certificate is asked for",
+    "otlp_endpoint": "none",
+    "replica_id": "host name",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -63,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         "prefill chunk a model wants, and keep both for every server of this card. What was measured holds for one "
         "version each of torch and bitsandbytes: tune again when one of them changes.",
     )
-    tune.add_argument("--model", required=True, help="directory of the base, a hub id, or `demo`")
+    tune.add_argument(
+        "--model", required=True, metavar="STR", help="directory of the base, a hub id, or `demo`, embedded"
+    )
     tune.add_argument("--dry-run", action="store_true", help="measure and report, write nothing")
     plan = commands.add_parser(
         "plan",
@@ -73,10 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
         "that takes over 5 % more than predicted.",
         argument_default=argparse.SUPPRESS,
     )
-    plan.add_argument("--adapters", type=_positive, help="adapters resident at once (default: --max-slots)")
-    plan.add_argument("--rank", type=_positive, help="rank of each of them (default 16)")
     plan.add_argument(
-        "--context", type=_positive, help="tokens of a request (default: --max-model-len, or the model's)"
+        "--adapters", type=_positive, metavar="INT", help="adapters resident at once (default: --max-slots)"
+    )
+    plan.add_argument("--rank", type=_positive, metavar="INT", help="rank of each of them (default 16)")
+    plan.add_argument(
+        "--context",
+        type=_positive,
+        metavar="INT",
+        help="tokens of a request, prompt and output together (default: --max-model-len, or the model's)",
     )
     plan.add_argument("--memory", type=float, metavar="GIB", help="memory of the device (default: of this machine's)")
     _add_settings(plan)
@@ -96,12 +122,17 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     text = option.help.replace("%", "%%")
     if option.kind is bool:
-        parser.add_argument(option.flag, dest=option.name, action="store_true", help=text)
+        default = " (default)" if option.default else ""
+        if option.name in _UNSET:
+            default = f" (default {_UNSET[option.name]})"
+        parser.add_argument(option.flag, dest=option.name, action="store_true", help=text + default)
         if option.negative is not None:
             parser.add_argument(option.negative, dest=option.name, action="store_false", help=f"do not {text}")
         return
     if isinstance(option.default, str | int | float):
         text += f" (default {option.default})"
+    elif option.name in _UNSET:
+        text += f" (default: {_UNSET[option.name]})"
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.__name__.upper()
     parser.add_argument(option.flag, dest=option.name, metavar=metavar, help=text)
 

@@ -65,11 +65,11 @@ class ServerConfig:
         allow_plaintext: Listen without TLS beyond loopback.
         no_auth: Accept every caller beyond loopback.
         otlp_endpoint: OTLP collector; None = none.
-        grace: Seconds that running requests get after SIGTERM.
+        grace: Seconds that running requests get after SIGTERM or SIGINT.
         drain_delay: Seconds between NOT_SERVING and refusing new requests, for load balancers.
         replica_id: Name of this replica; None = host name.
         log_level: `debug`, `info`, `warning` or `error`.
-        slow_reader_seconds: Time without progress after which a stream is given up.
+        slow_reader_seconds: Seconds without progress after which a stream is given up.
         engine_timeout: Seconds of silence after which the engine is taken for hung and replaced.
     """
 
@@ -135,7 +135,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="probe", kind=str, default=None, help="HOST:PORT of the HTTP listener for /livez, /readyz, /metrics"),
     Option(name="device", kind=str, default="auto", choices=("auto", "cpu", "cuda"), help="where the engine runs"),
     Option(name="model_name", kind=str, default=None, help="name of the model in answers and telemetry"),
-    Option(name="max_model_len", kind=int, default=None, low=2, high=16 * _MILLION, help="prompt and output in tokens"),
+    Option(name="max_model_len", kind=int, default=None, low=2, high=16 * _MILLION, help="tokens of prompt and output"),
     Option(
         name="max_output_tokens", kind=int, default=None, low=1, high=16 * _MILLION, help="output tokens a sequence"
     ),
@@ -153,7 +153,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="kv_pages", kind=int, default=None, low=2, high=100 * _MILLION, help="KV pages of 16 tokens"),
     Option(name="gpu_memory_utilization", kind=float, default=0.9, low=0.05, high=0.99, help="share of device memory"),
     Option(name="rank_units", kind=int, default=64, low=1, high=65536, help="adapter slab in units of 16 rank rows"),
-    Option(name="max_slots", kind=int, default=64, low=1, high=65536, help="adapters resident at once"),
+    Option(name="max_slots", kind=int, default=64, low=1, high=65536, help="most adapters resident at once"),
     Option(name="max_rank", kind=int, default=64, low=16, high=1024, multiple_of=16, help="largest adapter rank"),
     Option(
         name="host_adapter_gib",
@@ -192,7 +192,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="allow_plaintext", kind=bool, default=False, help="listen without TLS beyond loopback"),
     Option(name="no_auth", kind=bool, default=False, help="accept every caller beyond loopback"),
     Option(name="otlp_endpoint", kind=str, default=None, help="OTLP/gRPC collector, http://HOST:PORT"),
-    Option(name="grace", kind=float, default=30.0, low=0, high=86_400, help="seconds for running requests at SIGTERM"),
+    Option(name="grace", kind=float, default=30.0, low=0, high=86_400, help="seconds for running requests at a stop"),
     Option(
         name="drain_delay", kind=float, default=0.0, low=0, high=600, help="seconds between NOT_SERVING and refusals"
     ),
@@ -210,7 +210,7 @@ OPTIONS: tuple[Option, ...] = (
         default=30.0,
         low=0.1,
         high=3600,
-        help="time without progress after which a stream that is not read ends",
+        help="seconds without progress after which a stream that is not read ends",
     ),
     Option(
         name="engine_timeout",

@@ -1,6 +1,7 @@
 """Settings: sources and their order, bounds, near misses, and the command line around them."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,12 @@ class TestCommandLine:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert main(["serve", "--model", "nobody/no-such-model", "--store", str(tmp_path / "store")]) == 2
         assert "could not be fetched from the hub" in capsys.readouterr().err
+
+
+def test_the_help_tells_every_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    entries = re.split(r"\n  (?=--)", capsys.readouterr().out.partition("options:")[2])
+    told = {entry.split()[0] for entry in entries if "(default" in entry}
+    assert told == {option.flag for option in OPTIONS if option.name != "model" and option.default is not False}

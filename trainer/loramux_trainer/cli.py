@@ -59,7 +59,9 @@ def doctor(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, see the trainer's README.")],
-    option: Annotated[list[str] | None, typer.Option("-o", metavar="SETTING=VALUE", help="Override a setting: -o lora.r=32.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="SETTING=VALUE", help="Override a setting: -o lora.r=32.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the same run.")] = False,
     as_json: _Json = False,
 ) -> None:
@@ -90,9 +92,10 @@ def evaluate(
     files: Annotated[list[Path], typer.Argument(help="Held-out conversations, JSONL or JSON.")],
     base: Annotated[Path, typer.Option(help="Directory of the base model, or `demo`, the embedded one.")],
     device: _Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Conversations a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 8,
     min_gain: Annotated[
-        float | None, typer.Option(help="Exit with 5 unless the loss is lower than the base's by more than so many nats a token.")
+        float | None,
+        typer.Option(help="Exit with 5 unless the loss is lower than the base's by more than so many nats a token."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -122,7 +125,7 @@ def publish(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory of a run, or the run's directory.")],
     server: Annotated[str, typer.Option(help="host:port of the server.")],
     name: Annotated[str, typer.Option(help="Adapter that the version belongs to; made if needed.")],
-    tenant: Annotated[str | None, typer.Option(help="Tenant to act for. [default: the token's own]", show_default=False)] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant to act for; absent: the token's own.")] = None,
     promote: Annotated[bool, typer.Option(help="Give the version all traffic.")] = True,
     allow_other_template: Annotated[
         bool, typer.Option("--allow-other-template", help="Publish to a server with another chat template.")

@@ -1125,8 +1125,9 @@ class BatchGenerateRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     PIN_VERSIONS_FIELD_NUMBER: _builtins.int
     pin_versions: _builtins.bool
-    """Whether every adapter named without a version is resolved once, on arrival, for all items. Absent: false, each item
-    resolves at its own Started.
+    """Whether every adapter named without a version is resolved once, on arrival, for all items: those with a split_key to
+    the version of their key, as alone, those without one to the same version. Absent: false, each item resolves at its
+    own Started.
     """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchGenerateItem]:
