@@ -15,6 +15,7 @@ from loramux_server.config import ConfigError, ServerConfig
 from loramux_server.engine.messages import Ready, Stats
 from loramux_server.engine_process import LaunchEngine, engine_config, launch_subprocess
 from loramux_server.hub import resolve_model
+from loramux_server.lora.directory_source import DirectorySource
 from loramux_server.lora.lifecycle import AdapterLifecycle
 from loramux_server.lora.uploads import AdapterValidator
 from loramux_server.lora.validation import ServedBase, ValidationWorker
@@ -102,6 +103,7 @@ class App:
         self._last_ready: Ready | None = None
         self._supervisor: Supervisor | None = None
         self._supervision: asyncio.Task[None] | None = None
+        self._source: DirectorySource | None = None
         self._cleanup = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -136,6 +138,7 @@ class App:
             has_chat_template=template.available,
         )
         self.lifecycle = await self._open_adapters(model)
+        await self._open_source()
         self.engine.on_version_state = self.lifecycle.on_version_state
         self.engine.on_stats = self._on_stats
         self.generation = GenerationService(
@@ -183,6 +186,7 @@ class App:
         )
         self._supervision = asyncio.create_task(supervisor.run())
         self._cleanup.push_async_callback(self._end_supervision, supervisor)
+        self._cleanup.push_async_callback(self._close_source)
 
     async def _open_adapters(self, model: Path) -> AdapterLifecycle:
         root = Path(self.config.store)
@@ -210,6 +214,23 @@ class App:
         self._cleanup.push_async_callback(lifecycle.close)
         await lifecycle.start()
         return lifecycle
+
+    async def _open_source(self) -> None:
+        if self.config.adapters is None:
+            return
+        state = Path(self.config.store) / "directory.json"
+        source = DirectorySource(Path(self.config.adapters), self.lifecycle, state, on_first_scan=self._announce)
+        try:
+            await source.open()
+        except OSError as error:
+            raise ServeError(
+                f"--adapters {self.config.adapters}: it cannot be read ({error.strerror}); make it, or name another"
+            ) from error
+        self._source = source
+
+    async def _close_source(self) -> None:
+        if self._source is not None:
+            await self._source.close()
 
     async def _listen(self, methods: Mapping[str, Method], access: Access) -> None:
         config = self.config
@@ -239,7 +260,7 @@ class App:
         probe = ProbeServer(
             ProbeSources(
                 live=lambda: self._supervisor is None or not self._supervisor.crash_looping,
-                ready=lambda: self.engine.serving and not self.draining,
+                ready=lambda: self._serving and not self.draining,
                 metrics=self.telemetry.prometheus,
             )
         )
@@ -272,6 +293,7 @@ class App:
         """Say NOT_SERVING, refuse new calls, and wait for those in progress, at most the grace."""
         self.draining = True
         await self.health.drain()
+        await self._close_source()
         await asyncio.sleep(self.config.drain_delay)
         self.pipeline.drain()
         try:
@@ -322,7 +344,7 @@ class App:
         if self.draining:
             return Phase.DRAINING
         if self.engine.serving:
-            return Phase.SERVING
+            return Phase.SERVING if self._serving else Phase.STARTING
         return Phase.STARTING if self._last_ready is None else Phase.ENGINE_RESTARTING
 
     def limits(self) -> Limits:
@@ -349,12 +371,22 @@ class App:
             self._base = await asyncio.to_thread(self._describe, ready)
 
     async def _on_serving(self, serving: bool) -> None:
-        if serving:
+        if serving and self._source is not None:
+            self._source.begin()
+        await self._announce()
+
+    @property
+    def _serving(self) -> bool:
+        """Whether requests are accepted and adapters of `--adapters` have been looked at."""
+        return self.engine.serving and (self._source is None or self._source.first_scan_over)
+
+    async def _announce(self) -> None:
+        if self._serving:
             self.ready.set()
         else:
             self.ready.clear()
         if not self.draining:
-            await self.health.set(serving)
+            await self.health.set(self._serving)
 
     def _on_engine_lost(self) -> None:
         self.telemetry.engine.engine_restarted()

@@ -73,13 +73,19 @@ def build_parser() -> argparse.ArgumentParser:
         "that takes over 5 % more than predicted.",
         argument_default=argparse.SUPPRESS,
     )
-    plan.add_argument("--adapters", type=_positive, help="adapters resident at once (default: --max-slots)")
+    plan.add_argument(
+        "--adapters",
+        dest="planned_adapters",
+        metavar="ADAPTERS",
+        type=_positive,
+        help="adapters resident at once (default: --max-slots)",
+    )
     plan.add_argument("--rank", type=_positive, help="rank of each of them (default 16)")
     plan.add_argument(
         "--context", type=_positive, help="tokens of a request (default: --max-model-len, or the model's)"
     )
     plan.add_argument("--memory", type=float, metavar="GIB", help="memory of the device (default: of this machine's)")
-    _add_settings(plan)
+    _add_settings(plan, without="adapters")  # a number there
     config = commands.add_parser("config", help="check or show settings")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_settings(actions.add_parser("check", help="check settings", argument_default=argparse.SUPPRESS))
@@ -87,10 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, *, without: str = "") -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     for option in OPTIONS:
-        _add_option(parser, option)
+        if option.name != without:
+            _add_option(parser, option)
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -175,7 +182,7 @@ def _plan(config: ServerConfig, parsed: argparse.Namespace) -> int:
     text = plan(
         config,
         directory,
-        adapters=getattr(parsed, "adapters", None),
+        adapters=getattr(parsed, "planned_adapters", None),
         rank=getattr(parsed, "rank", 16),
         context=getattr(parsed, "context", None),
         memory=memory,
