@@ -15,14 +15,13 @@ from loramux_server.config import ConfigError, ServerConfig
 from loramux_server.engine.messages import Ready, Stats
 from loramux_server.engine_process import LaunchEngine, engine_config, launch_subprocess
 from loramux_server.hub import resolve_model
-from loramux_server.lora.lifecycle import AdapterLifecycle
+from loramux_server.lora.directory_source import DirectorySource
 from loramux_server.lora.uploads import AdapterValidator
-from loramux_server.lora.validation import ServedBase, ValidationWorker
+from loramux_server.lora.validation import ServedBase
 from loramux_server.rpc.adapter_service import SERVICE as ADAPTER_SERVICE
 from loramux_server.rpc.adapter_service import AdapterService
 from loramux_server.rpc.admission import AdmissionGate
 from loramux_server.rpc.call import Method
-from loramux_server.rpc.certificate import CertificateError, CertificateFiles
 from loramux_server.rpc.engine_client import EngineClient
 from loramux_server.rpc.freshness import Freshness
 from loramux_server.rpc.generation_service import GenerationService
@@ -36,22 +35,16 @@ from loramux_server.rpc.server import GrpcServer, HealthState, PortInUse, Transp
 from loramux_server.rpc.slow_reader import SlowReader
 from loramux_server.rpc.tls import TlsRotation
 from loramux_server.rpc.token_bytes import token_bytes_of
+from loramux_server.startup import ServeError, open_adapters, open_certificate, open_source
 from loramux_server.supervisor import CrashLoop, EngineStartupError, RestartPolicy, Supervisor
 from loramux_server.telemetry.probe import ProbeServer, ProbeSources
 from loramux_server.telemetry.setup import build_telemetry
 from loramux_server.tenancy.access import Access
-from loramux_server.tenancy.database import RegistryError
 from loramux_server.tenancy.names import shown_version
-from loramux_server.tenancy.registry import Registry
-from loramux_server.tenancy.store import LocalStore, StoreError
 from loramux_server.text.tokenizer import Tokenizer, TokenizerError
 from loramux_server.version import server_version
 
 _log = logging.getLogger(__name__)
-
-
-class ServeError(Exception):
-    """The server cannot start as configured; the message is one line for the operator."""
 
 
 class App:
@@ -106,6 +99,7 @@ class App:
         self._last_ready: Ready | None = None
         self._supervisor: Supervisor | None = None
         self._supervision: asyncio.Task[None] | None = None
+        self._source: DirectorySource | None = None
         self._cleanup = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -124,7 +118,7 @@ class App:
         config = self.config
         self._cleanup.push_async_callback(asyncio.to_thread, self.telemetry.close)
         await self._listen_for_probes()
-        await self._open_certificate()
+        self.tls = await open_certificate(self.config, self._cleanup)
         try:
             model = await asyncio.to_thread(resolve_model, config.model)
             tokenizer = await asyncio.to_thread(Tokenizer.from_directory, model)
@@ -140,7 +134,10 @@ class App:
             eos_token_ids=tokenizer.eos_token_ids,
             has_chat_template=template.available,
         )
-        self.lifecycle = await self._open_adapters(model)
+        self.lifecycle = await open_adapters(
+            self.config, model, self.engine, base=self._served_base, validator=self._validator, cleanup=self._cleanup
+        )
+        self._source = await open_source(self.config, self.lifecycle, on_first_scan=self._announce)
         self.engine.on_version_state = self.lifecycle.on_version_state
         self.engine.on_stats = self._on_stats
         self.generation = GenerationService(
@@ -188,33 +185,11 @@ class App:
         )
         self._supervision = asyncio.create_task(supervisor.run())
         self._cleanup.push_async_callback(self._end_supervision, supervisor)
+        self._cleanup.push_async_callback(self._close_source)
 
-    async def _open_adapters(self, model: Path) -> AdapterLifecycle:
-        root = Path(self.config.store)
-        try:
-            store = await asyncio.to_thread(LocalStore, root)
-        except StoreError as error:
-            raise ServeError(f"--store {root}: {error}") from error
-        try:
-            registry = await asyncio.to_thread(Registry, root / "registry.db")
-        except RegistryError as error:
-            store.close()
-            raise ServeError(f"--store {root}: {error}") from error
-        validator = self._validator
-        if validator is None:
-            validator = worker = ValidationWorker(
-                model / "config.json",
-                max_rank=self.config.max_rank,
-                base=self._served_base,
-                allow_unverified=self.config.allow_unverified_adapters,
-            )
-            self._cleanup.push_async_callback(worker.close)
-        lifecycle = AdapterLifecycle(
-            registry, store, validator, self.engine, allow_unverified=self.config.allow_unverified_adapters
-        )
-        self._cleanup.push_async_callback(lifecycle.close)
-        await lifecycle.start()
-        return lifecycle
+    async def _close_source(self) -> None:
+        if self._source is not None:
+            await self._source.close()
 
     async def _listen(self, methods: Mapping[str, Method], access: Access) -> None:
         config = self.config
@@ -238,22 +213,6 @@ class App:
         except PortInUse as error:
             raise ServeError(f"--port {config.port}: {error}; choose another or end what listens there") from error
 
-    async def _open_certificate(self) -> None:
-        config = self.config
-        if config.tls_cert is None or config.tls_key is None:
-            return
-        files = CertificateFiles(
-            cert=Path(config.tls_cert),
-            key=Path(config.tls_key),
-            client_ca=None if config.tls_client_ca is None else Path(config.tls_client_ca),
-        )
-        try:
-            self.tls = await asyncio.to_thread(TlsRotation, files)
-        except CertificateError as error:
-            raise ServeError(str(error)) from error
-        following = asyncio.create_task(self.tls.run())
-        self._cleanup.push_async_callback(_end, following)
-
     async def _listen_for_probes(self) -> None:
         """Answer probes from the first moment to the last, so that they tell why nothing else answers."""
         address = self.config.probe_address
@@ -262,7 +221,7 @@ class App:
         probe = ProbeServer(
             ProbeSources(
                 live=lambda: self._supervisor is None or not self._supervisor.crash_looping,
-                ready=lambda: self.engine.serving and not self.draining,
+                ready=lambda: self._serving and not self.draining,
                 metrics=self.telemetry.prometheus,
             )
         )
@@ -295,6 +254,7 @@ class App:
         """Say NOT_SERVING, refuse new calls, and wait for those in progress, at most the grace."""
         self.draining = True
         await self.health.drain()
+        await self._close_source()
         await asyncio.sleep(self.config.drain_delay)
         self.pipeline.drain()
         try:
@@ -345,7 +305,7 @@ class App:
         if self.draining:
             return Phase.DRAINING
         if self.engine.serving:
-            return Phase.SERVING
+            return Phase.SERVING if self._serving else Phase.STARTING
         return Phase.STARTING if self._last_ready is None else Phase.ENGINE_RESTARTING
 
     def limits(self) -> Limits:
@@ -372,12 +332,22 @@ class App:
             self._base = await asyncio.to_thread(self._describe, ready)
 
     async def _on_serving(self, serving: bool) -> None:
-        if serving:
+        if serving and self._source is not None:
+            self._source.begin()
+        await self._announce()
+
+    @property
+    def _serving(self) -> bool:
+        """Whether requests are accepted and adapters of `--adapters` have been looked at."""
+        return self.engine.serving and (self._source is None or self._source.first_scan_over)
+
+    async def _announce(self) -> None:
+        if self._serving:
             self.ready.set()
         else:
             self.ready.clear()
         if not self.draining:
-            await self.health.set(serving)
+            await self.health.set(self._serving)
 
     def _on_engine_lost(self) -> None:
         self.telemetry.engine.engine_restarted()
@@ -389,9 +359,3 @@ class App:
         self._supervision.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineStartupError, CrashLoop):
             await self._supervision
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

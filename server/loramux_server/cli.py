@@ -95,7 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     plan.add_argument(
-        "--adapters", type=_positive, metavar="INT", help="adapters resident at once (default: --max-slots)"
+        "--adapters",
+        dest="planned_adapters",
+        type=_positive,
+        metavar="INT",
+        help="adapters resident at once (default: --max-slots)",
     )
     plan.add_argument("--rank", type=_positive, metavar="INT", help="rank of each of them (default 16)")
     plan.add_argument(
@@ -105,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of a request, prompt and output together (default: --max-model-len, or the model's)",
     )
     plan.add_argument("--memory", type=float, metavar="GIB", help="memory of the device (default: of this machine's)")
-    _add_settings(plan)
+    _add_settings(plan, without="adapters")  # a number there
     config = commands.add_parser("config", help="check or show settings")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_settings(actions.add_parser("check", help="check settings", argument_default=argparse.SUPPRESS))
@@ -113,10 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, *, without: str = "") -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     for option in OPTIONS:
-        _add_option(parser, option)
+        if option.name != without:
+            _add_option(parser, option)
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -164,8 +169,8 @@ def _config(parsed: argparse.Namespace) -> ServerConfig:
 def _serve(config: ServerConfig) -> int:
     # gRPC's own log lines repeat what we report; the variable counts before its import only.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from loramux_server.app import ServeError
     from loramux_server.run import run_until_stopped
+    from loramux_server.startup import ServeError
     from loramux_server.telemetry.json_log import configure_logging
 
     configure_logging(config.log_level)
@@ -206,7 +211,7 @@ def _plan(config: ServerConfig, parsed: argparse.Namespace) -> int:
     text = plan(
         config,
         directory,
-        adapters=getattr(parsed, "adapters", None),
+        adapters=getattr(parsed, "planned_adapters", None),
         rank=getattr(parsed, "rank", 16),
         context=getattr(parsed, "context", None),
         memory=memory,

@@ -34,6 +34,7 @@ class ServerConfig:
         model: Directory of the base checkpoint, a hub id, or `demo` for the base embedded in loramux-demo.
         weights: `nf4`, `bf16` or `fp32`.
         store: Directory of adapters and registry.
+        adapters: Directory of adapters to serve, `<tenant>/<adapter>/`, followed while the server runs; None = none.
         host: Address of the gRPC listener.
         port: Its port; 0 picks one.
         probe: `HOST:PORT` of the probe listener; None = none.
@@ -76,6 +77,7 @@ class ServerConfig:
     model: str
     weights: str
     store: str
+    adapters: str | None
     host: str
     port: int
     probe: str | None
@@ -130,6 +132,12 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="model", kind=str, default=REQUIRED, help="directory of the base, a hub id, or `demo`, embedded"),
     Option(name="weights", kind=str, default="nf4", choices=("nf4", "bf16", "fp32"), help="format of resident weights"),
     Option(name="store", kind=str, default="loramux-store", help="directory of adapters and registry"),
+    Option(
+        name="adapters",
+        kind=str,
+        default=None,
+        help="directory whose TENANT/ADAPTER/ directories are served and followed; never written to (default: none)",
+    ),
     Option(name="host", kind=str, default="127.0.0.1", help="address of the gRPC listener"),
     Option(name="port", kind=int, default=50051, low=0, high=65535, help="port of the gRPC listener; 0 picks one"),
     Option(name="probe", kind=str, default=None, help="HOST:PORT of the HTTP listener for /livez, /readyz, /metrics"),

@@ -66,6 +66,7 @@ async def test_settings_that_cannot_be_used(checkpoint: Path, tmp_path: Path) ->
             await _start("--model", missing, *store),
             await _start(*model, "--store", str(a_file)),
             await _start(*model, "--store", str(a_file / "below")),
+            await _start(*model, *store, "--adapters", missing),
             await _start(*model, *store, "--port", port),
             await _start(*model, *store, "--probe", f"127.0.0.1:{port}"),
         ]
@@ -74,8 +75,9 @@ async def test_settings_that_cannot_be_used(checkpoint: Path, tmp_path: Path) ->
     _check(outcomes[2], "--model", missing)
     _check(outcomes[3], "--store", str(a_file))
     _check(outcomes[4], "--store", str(a_file))
-    _check(outcomes[5], "--port", port)
-    _check(outcomes[6], "--probe", port)
+    _check(outcomes[5], "--adapters", missing, "No such file or directory")
+    _check(outcomes[6], "--port", port)
+    _check(outcomes[7], "--probe", port)
 
 
 async def test_a_store_that_cannot_be_written(checkpoint: Path) -> None:

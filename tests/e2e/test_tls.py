@@ -12,8 +12,9 @@ pytest.importorskip("trustme", reason="trustme is not installed: pip install 'lo
 import trustme
 
 from loramux import AsyncClient, Client, RetryPolicy, TLSConfig, Unavailable
-from loramux_server.app import App, ServeError
+from loramux_server.app import App
 from loramux_server.rpc.certificate import CertificateFiles
+from loramux_server.startup import ServeError
 from tests.support.certificates import Mount, issue, pems, serial, settings, shown_serial, trusting, write_pair
 from tests.support.front_end import NoUploads, front_end, make_config
 from tests.support.scripted_engine import Script, ScriptedEngines

@@ -197,3 +197,16 @@ def make_driver(
         rank_units=rank_units, max_slots=max_slots, units=units, delay=delay, reading=reading, host_size=host_size
     )
     return Driver(runner=FakeRunner(num_pages=pages + 1, page_size=page_size, slab=slab), **config)
+
+
+def finish(driver: Driver) -> None:
+    """Run to the end and judge; nothing may be left."""
+    driver.run()
+    driver.judge()
+    driver.assert_at_rest()
+
+
+def reason(transcript: Transcript) -> str | None:
+    """Why a request that has ended failed; None if it did not."""
+    assert transcript.done is not None
+    return None if transcript.done.error is None else transcript.done.error.reason

@@ -7,10 +7,10 @@ import asyncio
 import sys
 from pathlib import Path
 
-from loramux_server.app import ServeError
 from loramux_server.engine.config import EngineConfig
 from loramux_server.engine_process import launch_subprocess
 from loramux_server.run import run_until_stopped
+from loramux_server.startup import ServeError
 from loramux_server.telemetry.json_log import configure_logging
 from tests.support.front_end import make_config
 

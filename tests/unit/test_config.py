@@ -30,6 +30,10 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     config = load({"port": "3"}, file, LORAMUX_PORT="2", LORAMUX_MAX_SLOTS="9", **other)
     assert (config.port, config.max_queued, config.max_slots, config.max_rank) == (3, 7, 9, 64)
     assert config.prefix_cache is False and config.shadow is True and config.batch_invariant is False
+    file.write_text("adapters: from-file\n")
+    assert load({}, file).adapters == "from-file" and load().adapters is None
+    assert load({}, file, LORAMUX_ADAPTERS="from-environment").adapters == "from-environment"
+    assert load({"adapters": "flag"}, file, LORAMUX_ADAPTERS="from-environment").adapters == "flag"
 
 
 @pytest.mark.parametrize(
@@ -151,9 +155,9 @@ class TestCommandLine:
     def test_check_and_show(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert main(["config", "check", "--model", "m", "--no-prefix-cache"]) == 0
         assert "valid" in capsys.readouterr().out
-        assert main(["config", "show", "--model", "m", "--no-prefix-cache", "--port", "7"]) == 0
+        assert main(["config", "show", "--model", "m", "--no-prefix-cache", "--port", "7", "--adapters", "dir"]) == 0
         shown = capsys.readouterr().out
-        assert "port: 7\n" in shown and "prefix_cache: false\n" in shown
+        assert "port: 7\n" in shown and "adapters: dir\n" in shown and "prefix_cache: false\n" in shown
         file = tmp_path / "shown.yaml"
         file.write_text("\n".join(line for line in shown.splitlines() if not line.endswith("null")))
         assert main(["config", "check", "--config", str(file)]) == 0

@@ -1,4 +1,4 @@
-"""A fake server and both clients."""
+"""A fake server, both clients, and a clock that never sleeps for those who give it to one."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -6,6 +6,7 @@ import pytest
 
 from loramux import AsyncClient, Client
 from loramux.testing import FakeServer
+from tests.support.client_clock import FakeClock
 
 
 @pytest.fixture
@@ -24,3 +25,8 @@ def client(server: FakeServer) -> Iterator[Client]:
 async def async_client(server: FakeServer) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(server.address) as open_client:
         yield open_client
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
